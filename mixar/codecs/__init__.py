@@ -1,0 +1,49 @@
+"""The frozen networks between images and tokens: the VAE (continuous) and the tokenizer (discrete)."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from mixar.codecs.latents import LatentNorm
+from mixar.codecs.tokenizer import Tokenizer, ids_from_bits
+from mixar.codecs.vae import VAE, kl, posterior, to_uint8
+from mixar.config import TokenizerConfig, VAEConfig, section_from_dict
+from mixar.errors import UserError
+from mixar.weights import is_export, load_strict, read_export, read_public
+
+__all__ = ["VAE", "LatentNorm", "Tokenizer", "ids_from_bits", "kl", "load_tokenizer", "load_vae", "posterior",
+           "to_uint8"]
+
+Section = TypeVar("Section", VAEConfig, TokenizerConfig)
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def load_vae(cfg: VAEConfig, trust_pickle: bool = False) -> VAE:
+    """The frozen VAE of `cfg.weights`: an export, with its own geometry, or a public checkpoint of `cfg`'s geometry.
+
+    Raises:
+        UserError: no weights named, none there, or not those of this network.
+    """
+    return _load("vae", VAE, cfg, trust_pickle)
+
+
+def load_tokenizer(cfg: TokenizerConfig, trust_pickle: bool = False) -> Tokenizer:
+    """The frozen tokenizer of `cfg.weights`; otherwise as `load_vae`."""
+    return _load("tokenizer", Tokenizer, cfg, trust_pickle)
+
+
+def _load(kind: str, build: Callable[[Section], Network], cfg: Section, trust_pickle: bool) -> Network:
+    source = cfg.weights
+    if source is None:
+        raise UserError(f"no weights for the {kind}: write {kind}.weights=<export folder or public checkpoint file>")
+    if is_export(source):
+        description, state = read_export(source, kind)
+        cfg = section_from_dict(type(cfg), description["config"], f"{source}/config.json")
+    else:
+        state = read_public(source, kind, trust_pickle)
+    with torch.device("meta"):  # the weights come from the file, so none are drawn
+        network = build(cfg)
+    load_strict(network, state, source)
+    return network.eval().requires_grad_(False)

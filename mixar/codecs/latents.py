@@ -1,0 +1,31 @@
+"""The scale between the VAE's latents and the model's tokens."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LatentNorm:
+    """Per-channel statistics that bring latents [B, C, h, w] to zero mean and unit variance, and back."""
+
+    mean: Tensor  # [C]
+    std: Tensor  # [C]
+
+    @classmethod
+    def from_scale(cls, scale: float, channels: int) -> "LatentNorm":
+        """MAR's form: one factor for all channels, normalised = latents * scale."""
+        return cls(torch.zeros(channels), torch.full((channels,), 1 / scale))
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """What the model sees, from what `VAE.encode` gives."""
+        return (latents - self._like(self.mean, latents)) / self._like(self.std, latents)
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """What `VAE.decode` takes, from what the model gives."""
+        return latents * self._like(self.std, latents) + self._like(self.mean, latents)
+
+    @staticmethod
+    def _like(statistic: Tensor, latents: Tensor) -> Tensor:
+        return statistic.to(latents.device)[:, None, None]

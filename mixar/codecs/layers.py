@@ -1,0 +1,21 @@
+"""What both codecs are built from."""
+
+import math
+from collections import OrderedDict
+
+from torch import nn
+
+
+def norm(width: int) -> nn.GroupNorm:
+    """GroupNorm of the LDM and MaskGIT families: 32 groups, or as many as divide a small width; eps 1e-6."""
+    return nn.GroupNorm(math.gcd(32, width), width, eps=1e-6)
+
+
+def conv3(inputs: int, outputs: int, bias: bool = True) -> nn.Conv2d:
+    """3x3 convolution that keeps height and width."""
+    return nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias)
+
+
+def stack(**parts: nn.Module) -> nn.Sequential:
+    """The parts one after another, each under its name in the state dict."""
+    return nn.Sequential(OrderedDict(parts))

@@ -1,0 +1,204 @@
+"""Refuse what cannot work, naming the key and what to write instead."""
+
+import math
+from typing import Any
+
+from mixar.config.knobs import GUIDANCES, PRECISIONS, TASKS, Config
+from mixar.errors import UserError
+
+
+def validate(config: Config) -> None:
+    """Refuse what cannot work, naming the key and what to write instead.
+
+    Raises:
+        UserError: at the first impossible value or combination.
+    """
+    _check_values(config)
+    _check_networks(config)
+    _check_tokens(config)
+    _check_run(config)
+
+
+def _check_values(config: Config) -> None:
+    """Each value by itself, and against the one that it follows by default."""
+    for key, choices in _CHOICES.items():
+        value = get(config, key)
+        if value not in choices:
+            raise UserError(f"{key}={value} is not known: write one of {', '.join(choices)}")
+    for key, low, high in _RANGES:
+        value = get(config, key)
+        if value is not None and not low <= value <= high:
+            limits = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
+            raise UserError(f"{key}={value} is out of range: write a value {limits}")
+    for key in ("vae.multipliers", "tokenizer.multipliers"):
+        value = get(config, key)
+        if not value or min(value) < 1:
+            raise UserError(f"{key}={value} must hold a factor of the width for each level, as in {key}=[1,2,4]")
+    betas = config.optim.betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"optim.betas={betas} must be two values from 0 to below 1, as in optim.betas=[0.9,0.95]")
+    for key, source in _FOLLOWS.items():
+        if get(config, key) != get(config, source):
+            raise UserError(
+                f"{key}={get(config, key)} contradicts {source}={get(config, source)}: "
+                f"write {source}={get(config, key)} and leave {key} out"
+            )
+
+
+def _check_networks(config: Config) -> None:
+    """Widths, heads, strides and bits that divide."""
+    model, prior = config.model, config.prior
+    for name, width, heads in (
+        ("model.encoder", model.encoder_width, model.encoder_heads),
+        ("model.decoder", model.decoder_width, model.decoder_heads),
+        ("prior.", prior.width, prior.heads),
+    ):
+        if width % heads:
+            raise UserError(
+                f"{name.rstrip('.')} width {width} does not divide into {heads} heads: "
+                f"write {name}{'' if name.endswith('.') else '_'}heads={_divisor(width, heads)}"
+            )
+    for name, codec in (("vae", config.vae), ("tokenizer", config.tokenizer)):
+        stride = 2 ** (len(codec.multipliers) - 1)
+        if codec.image_size % stride:
+            raise UserError(
+                f"data.image_size={codec.image_size} is no multiple of {name}'s stride {stride}: "
+                f"write data.image_size={max(1, codec.image_size // stride) * stride}"
+            )
+    if prior.bits % prior.splits:
+        raise UserError(
+            f"tokenizer.bits={prior.bits} does not divide into prior.splits={prior.splits}: "
+            f"write prior.splits={_divisor(prior.bits, prior.splits)}"
+        )
+
+
+def _check_tokens(config: Config) -> None:
+    """Latents, discrete tokens and the model's positions on one grid."""
+    model, prior = config.model, config.prior
+    cells = config.vae.grid
+    if config.task == "mixar" and cells != model.grid * model.patch:
+        patch = _divisor(cells, model.patch)
+        mend = f"model.patch={patch}" if patch != model.patch else f"model.grid={cells // patch}"
+        raise UserError(
+            f"the VAE gives {cells}x{cells} latent cells, the model expects model.grid x model.patch "
+            f"= {model.grid * model.patch}: write {mend}"
+        )
+    needs_codes = config.task == "prior" or (config.task == "mixar" and model.guidance != "none")
+    if needs_codes and config.tokenizer.grid != model.grid:
+        raise UserError(
+            f"the tokenizer gives {config.tokenizer.grid}x{config.tokenizer.grid} discrete tokens, model.grid is "
+            f"{model.grid}: a tokenizer and a model of one grid are needed; write tokenizer.multipliers with "
+            f"{int(math.log2(max(1, config.tokenizer.image_size // model.grid))) + 1} entries"
+        )
+    subtokens = prior.splits * model.grid**2
+    if needs_codes and config.sample.prior_steps > subtokens:
+        raise UserError(
+            f"sample.prior_steps={config.sample.prior_steps} exceeds the {subtokens} sub-tokens of an image, where "
+            f"MaskBit's loop masks everything again: write sample.prior_steps={subtokens} or less"
+        )
+    if config.ti_mix.enabled and model.guidance == "none":
+        raise UserError(
+            "ti_mix.enabled=true needs discrete tokens: write model.guidance=dc_mix, or ti_mix.enabled=false"
+        )
+
+
+def _check_run(config: Config) -> None:
+    """Batches that divide."""
+    mask, micro = config.mask, config.train.micro_batch
+    if micro is not None and config.train.batch % micro:
+        raise UserError(
+            f"train.batch={config.train.batch} is no multiple of train.micro_batch={micro}: "
+            f"write train.batch={math.ceil(config.train.batch / micro) * micro}"
+        )
+    if config.task == "mixar" and mask.ratio_scope == "image" and (micro or config.train.batch) % mask.group:
+        raise UserError(
+            f"mask.group={mask.group} does not divide the micro-batch {micro or config.train.batch}: "
+            f"write mask.group={math.gcd(mask.group, micro or config.train.batch)}"
+        )
+
+
+_CHOICES = {
+    "task": TASKS,
+    "model.guidance": GUIDANCES,
+    "mask.ratio_scope": ("image", "batch"),
+    "ti_mix.source": ("online", "shards"),
+    "ti_mix.draw": ("sample", "argmax"),
+    "ti_mix.schedule": ("linear", "cosine", "constant"),
+    "optim.schedule": ("constant", "cosine", "linear"),
+    "train.precision": PRECISIONS,
+    "sample.guidance_schedule": ("linear", "constant"),
+    "sample.prior_guidance_schedule": ("none", "linear", "cosine"),
+    "sample.prior_mask_schedule": ("arccos", "cosine"),
+}
+# what is an interpolation by default, and cannot be another value
+_FOLLOWS = {
+    "vae.image_size": "data.image_size",
+    "tokenizer.image_size": "data.image_size",
+    "prior.bits": "tokenizer.bits",
+    "prior.grid": "model.grid",
+    "prior.classes": "data.classes",
+    "model.latent_channels": "vae.latent_channels",
+    "model.code_bits": "tokenizer.bits",
+    "model.classes": "data.classes",
+}
+_INF = math.inf
+_RANGES = [
+    *((f"{name}.{size}", 1, _INF) for name in ("vae", "tokenizer") for size in ("width", "blocks")),
+    *((f"prior.{size}", 1, _INF) for size in ("width", "depth", "heads", "mlp_width", "splits")),
+    *((f"model.{part}_{size}", 1, _INF) for part in ("encoder", "decoder") for size in ("width", "depth", "heads")),
+    ("vae.latent_channels", 1, _INF),
+    ("model.head_depth", 1, _INF),
+    ("model.head_width", 1, _INF),
+    ("data.count", 1, _INF),
+    ("data.image_size", 1, _INF),
+    ("data.classes", 1, _INF),
+    ("data.workers", 0, _INF),
+    ("data.max_broken", 0, 0.99),
+    ("data.held_out", 0, _INF),
+    ("tokenizer.bits", 1, 24),
+    ("model.grid", 1, _INF),
+    ("model.patch", 1, _INF),
+    ("model.class_tokens", 1, _INF),
+    ("model.dropout", 0, 0.99),
+    ("prior.dropout", 0, 0.99),
+    ("prior.class_drop_prob", 0, 1),
+    ("model.class_drop_prob", 0, 1),
+    ("model.guidance_drop_prob", 0, 1),
+    ("model.diffusion_batch_mul", 1, _INF),
+    ("mask.minimum", 0, 1),
+    ("mask.std", 1e-6, _INF),
+    ("mask.group", 1, _INF),
+    ("ti_mix.end", 0, 1),
+    ("ti_mix.start_epoch", 0, _INF),
+    ("ti_mix.duration_epochs", 0, _INF),
+    ("ti_mix.variants", 1, _INF),
+    ("optim.lr", 0, _INF),
+    ("optim.clip", 0, _INF),
+    ("optim.ema", 0, 1),
+    ("optim.warmup_epochs", 0, _INF),
+    ("train.epochs", 0, _INF),
+    ("train.batch", 1, _INF),
+    ("train.micro_batch", 1, _INF),
+    ("train.log_every", 1, _INF),
+    ("train.keep", 1, _INF),
+    ("train.max_skips", 0, _INF),
+    ("sample.steps", 1, _INF),
+    ("sample.diffusion_start", 0, 999),
+    ("sample.prior_steps", 1, _INF),
+    ("sample.prior_guidance", 0, _INF),
+    ("sample.prior_temperature", 1e-6, _INF),
+    ("sample.temperature", 0, _INF),
+    ("sample.batch", 1, _INF),
+]
+
+
+def get(config: Any, key: str) -> Any:
+    """The value at a dotted key."""
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def _divisor(width: int, near: int) -> int:
+    """The divisor of `width` nearest to `near`."""
+    return min((d for d in range(1, width + 1) if width % d == 0), key=lambda d: abs(d - near))

@@ -1,0 +1,217 @@
+"""From a source of samples to an endless stream of batches that depends on the seed and the images seen alone."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from itertools import count
+from pathlib import Path
+from tempfile import gettempdir
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from numpy.typing import NDArray
+from streaming import StreamingDataset
+from streaming.base.distributed import get_local_rank
+from streaming.base.hashing import get_hash
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mixar import draws
+from mixar.data.batch import Batch, Picks, PreDrawn, Source
+from mixar.data.images import ImageSource
+from mixar.data.manifest import fetch
+from mixar.data.parts import HASH
+from mixar.data.pre_draw import PRE_DRAWN, RECIPE
+from mixar.draws import Stream
+from mixar.errors import UserError
+
+__all__ = ["Batch", "ImageSource", "Loader", "PreDrawn", "ShardSource", "epoch_order"]
+
+
+def epoch_order(seed: int, epoch: int, shard_sizes: Sequence[int], window: int = 64) -> NDArray[np.int64]:
+    """The order of an epoch's samples, int64 [n], a permutation that is a function of the arguments alone.
+
+    Shards are shuffled, then the samples within each `window` consecutive shards: a remote set is read a window at a
+    time, and a set of at most one window is shuffled uniformly.
+    """
+    epochs, shards, n = torch.tensor([epoch]), len(shard_sizes), sum(shard_sizes)
+    place = draws.permutation(seed, Stream.DATA_ORDER, epochs, shards)[0].numpy().argsort()
+    window_of_sample = np.repeat(place // window, shard_sizes)
+    chance = draws.bits(seed, Stream.DATA_ORDER, epochs, n, start=shards)[0].numpy()
+    return np.lexsort((chance, window_of_sample))
+
+
+class Loader:
+    """This rank's micro-batches, forever. Sample g of the run is place g % n of epoch g // n, whatever the world size.
+
+    Step s covers the samples from s * `batch` on; of these, micro-batch a of rank r is the run of `micro_batch` that
+    starts (a * `world` + r) * `micro_batch` in.
+
+    Args:
+        source: where samples come from.
+        batch: images a step, over all ranks; a multiple of `micro_batch` * `world`.
+        workers: processes that read ahead; 0 reads in this one.
+        flip: mirror each sample with chance 1/2.
+        start: images seen before: the stream goes on as if it had never stopped.
+
+    Raises:
+        UserError: sizes that do not divide, pre-drawn tokens made for the other `flip`; and, while iterating, whatever
+            the source raises.
+    """
+
+    def __init__(
+        self, source: Source, seed: int, batch: int, micro_batch: int, rank: int, world: int, workers: int, flip: bool,
+        start: int = 0,
+    ):
+        if batch % (micro_batch * world):
+            raise UserError(
+                f"train.batch={batch} is no multiple of train.micro_batch={micro_batch} times {world} ranks: "
+                f"write train.batch={-(-batch // (micro_batch * world)) * micro_batch * world}"
+            )
+        if source.pre_drawn_flip not in (None, flip):
+            raise UserError(
+                f"the pre-drawn tokens were made with data.flip={str(source.pre_drawn_flip).lower()}: "
+                "write that, or draw them again in another folder"
+            )
+        # the batch is a multiple of the stride, so the micro-batches of successive steps follow each other evenly
+        picks = _Sampler(
+            source.shard_sizes, seed, flip, start + rank * micro_batch, micro_batch, stride=micro_batch * world
+        )
+        self.loader = DataLoader(
+            _Reader(source), batch_size=None, sampler=picks, num_workers=workers, pin_memory=torch.cuda.is_available()
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
+class _Sampler:
+    """The picks of micro-batches that start at `first`, `first + stride`, ..., without end."""
+
+    def __init__(self, shard_sizes: list[int], seed: int, flip: bool, first: int, micro_batch: int, stride: int):
+        self.shard_sizes, self.seed, self.flip = shard_sizes, seed, flip
+        self.first, self.micro_batch, self.stride = first, micro_batch, stride
+
+    def __iter__(self) -> Iterator[Picks]:
+        n, epoch, order = sum(self.shard_sizes), -1, np.empty(0, np.int64)
+        for first in count(self.first, self.stride):
+            index, rows = torch.arange(first, first + self.micro_batch), []
+            for g in index.tolist():
+                if g // n != epoch:
+                    epoch, order = g // n, epoch_order(self.seed, g // n, self.shard_sizes)
+                rows.append(int(order[g % n]))
+            flips = draws.uniform(self.seed, Stream.FLIP, index) < 0.5
+            yield Picks(index, rows, flips.tolist() if self.flip else [False] * len(rows))
+
+
+class _Reader(Dataset):
+    """A source as torch's DataLoader wants it."""
+
+    def __init__(self, source: Source):
+        self.source = source
+
+    def __getitem__(self, picks: Picks) -> Batch | UserError:
+        try:
+            return self.source.read(picks)
+        except UserError as error:
+            return error  # as a value: raised in a worker, it would arrive wrapped in a traceback
+
+
+class ShardSource:
+    """Moments and codes from shards that `prepare` wrote, and on demand TI-Mix's pre-drawn tokens beside them.
+
+    Create it in the main process, on every rank at once: streaming's datasets meet in a barrier.
+
+    Args:
+        shards: a local folder, or with `cache` any URL that streaming takes.
+        cache: a local folder of its own for each set.
+        pre_drawn: also read the set that `predraw` wrote.
+
+    Raises:
+        UserError: shards that are missing or cannot be fetched; while reading, a damaged shard.
+    """
+
+    def __init__(self, shards: str, cache: str | None = None, pre_drawn: bool = False):
+        self.images = _Shards(shards, cache)
+        self.drawn: _Shards | None = None
+        self.pre_drawn_flip: bool | None = None
+        if pre_drawn:
+            self.pre_drawn_flip = json.loads(fetch(shards, cache, f"{PRE_DRAWN}/{RECIPE}").read_text())["flip"]
+            self.drawn = _Shards(f"{shards}/{PRE_DRAWN}", cache and f"{cache}/{PRE_DRAWN}")
+
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Images of each shard."""
+        return self.images.dataset.samples_per_shard.tolist()
+
+    def __len__(self) -> int:
+        return sum(self.shard_sizes)
+
+    def read(self, picks: Picks) -> Batch:
+        """The picked images, each in the flip asked for."""
+        samples = [self.images[row] for row in picks.rows]
+        return Batch(
+            picks.index,
+            picks.index.tolist(),
+            [sample["key"] for sample in samples],
+            torch.tensor([sample["label"] for sample in samples]),
+            moments=_stack([sample["moments"][int(flip)] for sample, flip in zip(samples, picks.flips)]),
+            codes=_stack([sample["codes"][int(flip)] for sample, flip in zip(samples, picks.flips)]).long(),
+            drawn=self._read_drawn(self.drawn, picks) if self.drawn else None,
+        )
+
+    def _read_drawn(self, drawn: "_Shards", picks: Picks) -> PreDrawn:
+        """One variant an image and epoch, taking turns among those of its flip."""
+        samples = []
+        for g, row, flip in zip(picks.index.tolist(), picks.rows, picks.flips):
+            sample, turn = drawn[row], g // len(self)
+            variants = len(sample["count"])
+            variant = (2 * turn + flip if self.pre_drawn_flip else turn) % variants
+            samples.append({name: value[variant] for name, value in sample.items()})
+        order, codes = (_stack([sample[name] for sample in samples]).long() for name in ("order", "drawn"))
+        return PreDrawn(order, [int(sample["count"]) for sample in samples], codes)
+
+
+class _Shards:
+    """Random access to one set of MDS shards, each checked against its hash when this process first reads it.
+
+    The StreamingDataset never learns of the remote: the files are put where it looks for them. Its own downloads are
+    coordinated through shared memory of one job, refuse a cache that another dataset has open, and leave that memory
+    behind when the job is killed.
+    """
+
+    def __init__(self, shards: str, cache: str | None):
+        self.shards, self.cache = shards, cache
+        index = fetch(shards, cache, "index.json")
+        # jobs that open a dataset at the same moment would take the same number for their shared memory
+        lock = FileLock(Path(gettempdir(), f"mixar-streaming-{os.getuid()}.lock"))
+        with lock if get_local_rank() == 0 else nullcontext():
+            self.dataset = StreamingDataset(local=str(index.parent), batch_size=1)
+        self.checked = [False] * self.dataset.num_shards
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        shard, _ = self.dataset.spanner[row]
+        if not self.checked[shard]:
+            self._check(shard)
+            self.checked[shard] = True
+        return self.dataset[row]
+
+    def _check(self, shard: int) -> None:
+        """Raises UserError for a file that is missing, torn or changed."""
+        info, _ = self.dataset.shards[shard].file_pairs[0]
+        path = Path(self.cache or self.shards, info.basename)
+        if self.cache:
+            fetch(self.shards, self.cache, info.basename)
+        if not path.is_file() or get_hash(HASH, path.read_bytes()) != info.hashes[HASH]:
+            mend = f"rm {path}, it is fetched again" if self.cache else f"rm -r {path.parent}, then `mixar prepare`"
+            raise UserError(f"shard {path} is missing or damaged: {mend}")
+
+
+def _stack(arrays: list[NDArray]) -> Tensor:
+    return torch.from_numpy(np.stack(arrays))

@@ -1,0 +1,107 @@
+"""TI-Mix's offline variant: the prior's tokens drawn once, in a set of shards beside the images' own, row for row."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from streaming import LocalDataset
+
+from mixar import draws
+from mixar.config import Config
+from mixar.data.manifest import check_manifest, read_manifest
+from mixar.data.parts import Parts, write_json
+from mixar.data.shards import code_dtype
+from mixar.draws import Stream
+from mixar.errors import UserError
+from mixar.mixing import Masking, ratio_quantile
+from mixar.prior import Prior, fill
+from mixar.weights import fingerprint
+
+PRE_DRAWN = "ti_mix"  # the folder below the shards
+RECIPE = "pre_drawn.json"  # written last: with it, the set is complete
+BATCH = 64  # images whose variants go through the prior together
+ORDER_DTYPE = "uint16"  # grids of up to 256 x 256
+
+
+def predraw(
+    cfg: Config,
+    prior: Prior,
+    device: torch.device | str,
+    rank: int = 0,
+    world: int = 1,
+    progress: bool = True,
+    part_size: int = 16384,
+) -> bool:
+    """Draw `ti_mix.variants` pairs of a mask and x̂_d (Eqs. 10-11) for every image of `cfg.data.shards`.
+
+    A row holds `order` [V, N], `count` [V], of which the first are masked, and `drawn` [V, N]. With `data.flip`, odd
+    variants are of the mirrored image. Every draw is keyed by its row and variant. Ranks and resumption: as `prepare`.
+
+    Returns:
+        Whether the set is complete; False on a rank that finishes while parts of others are missing.
+
+    Raises:
+        UserError: shards that are missing, do not fit the config, or cannot be written; an odd number of variants
+            where both flips need some.
+    """
+    settings = cfg.ti_mix
+    if cfg.data.flip and settings.variants % 2:
+        raise UserError(f"ti_mix.variants={settings.variants} leaves the flips unequal shares: "
+                        f"write ti_mix.variants={settings.variants + 1}, or data.flip=false")
+    manifest = read_manifest(cfg.data.shards)
+    check_manifest(manifest, cfg)
+    known = {"bits": prior.config.bits, "grid": prior.config.grid, "classes": prior.config.classes}
+    found = {"bits": manifest.code_bits, "grid": manifest.code_grid, "classes": len(manifest.classes)}
+    if known != found:
+        raise UserError(f"the prior is for {known}, the shards have {found}: write prior.weights=<a prior for these>")
+    recipe = {
+        "tokenizer": manifest.tokenizer,
+        "prior": fingerprint(prior.state_dict()),
+        "variants": settings.variants,
+        "flip": cfg.data.flip,
+        "draw": settings.draw,
+        "mask": [cfg.mask.minimum, cfg.mask.std],
+        "seed": cfg.seed,
+        "count": manifest.count,
+    }
+    parts = Parts(Path(cfg.data.shards, PRE_DRAWN), recipe, manifest.count, part_size)
+    shape = f"{settings.variants},{manifest.code_grid**2}"
+    columns = {
+        "order": f"ndarray:{ORDER_DTYPE}:{shape}",
+        "count": f"ndarray:int32:{settings.variants}",
+        "drawn": f"ndarray:{code_dtype(manifest.code_bits)}:{shape}",
+    }
+    rows_of = partial(_rows, cfg, prior.to(device), LocalDataset(cfg.data.shards))
+    parts.write(parts.todo(rank, world), columns, rows_of, progress and rank == 0)
+    if parts.close() is None:
+        return False
+    write_json(parts.folder / RECIPE, parts.recipe)
+    return True
+
+
+@torch.inference_mode()
+def _rows(cfg: Config, prior: Prior, dataset: LocalDataset, places: range, _: dict) -> Iterator[dict[str, Any]]:
+    """The rows at `places`; the key of variant v of row i is i V + v."""
+    variants, n, device = cfg.ti_mix.variants, prior.config.grid**2, next(prior.parameters()).device
+    dtype = code_dtype(prior.config.bits)
+    for start in range(places.start, places.stop, BATCH):
+        rows = torch.arange(start, min(start + BATCH, places.stop))
+        images = [dataset[int(row)] for row in rows]
+        index = (rows[:, None] * variants + torch.arange(variants)).flatten().to(device)
+        flips = [v % 2 if cfg.data.flip else 0 for v in range(variants)]
+        codes = torch.from_numpy(np.concatenate([image["codes"][flips] for image in images])).long().to(device)
+        labels = torch.tensor([image["label"] for image in images], device=device).repeat_interleave(variants)
+        order = draws.permutation(cfg.seed, Stream.MASK_ORDER, index, n)
+        level = draws.uniform(cfg.seed, Stream.MASK_RATIO, index)
+        count = torch.ceil(n * ratio_quantile(level, cfg.mask.minimum, cfg.mask.std)).int()
+        sample = cfg.ti_mix.draw == "sample"
+        u = draws.uniform(cfg.seed, Stream.PRIOR_FILL, index, n, prior.config.splits) if sample else None
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            drawn = fill(prior, codes, Masking.from_order(order, count.tolist()).masked, labels, u)
+        table = zip(*(rearrange(x.cpu().numpy(), "(b v) ... -> b v ...", v=variants) for x in (order, count, drawn)))
+        for orders, counts, tokens in table:
+            yield {"order": orders.astype(ORDER_DTYPE), "count": counts, "drawn": tokens.astype(dtype)}

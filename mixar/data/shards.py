@@ -1,0 +1,227 @@
+"""Images to shards: latent moments and discrete tokens of both flips, written once so that training runs no codec."""
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from numpy.typing import NDArray
+from streaming import LocalDataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+from mixar import __version__
+from mixar.codecs import VAE, Tokenizer, posterior
+from mixar.config import Config
+from mixar.data.images import BrokenImageError, ImageSet, ImageSource
+from mixar.data.manifest import FORMAT, MANIFEST, Manifest, check_codecs, check_manifest, read_manifest
+from mixar.data.parts import Parts, write_json
+from mixar.errors import UserError
+from mixar.weights import fingerprint
+
+__all__ = ["Manifest", "check_codecs", "check_manifest", "prepare", "read_manifest", "verify"]
+
+BATCH = 32  # images encoded at once, each in both flips
+
+
+def prepare(
+    cfg: Config,
+    images: ImageSet,
+    vae: VAE,
+    tokenizer: Tokenizer,
+    device: torch.device | str,
+    rank: int = 0,
+    world: int = 1,
+    progress: bool = True,
+    part_size: int = 4096,
+) -> Manifest | None:
+    """Encode `images` into MDS shards at `cfg.data.shards`; called again, it goes on where it stopped.
+
+    A row is an image: `moments` float16 [2, 2C, h, w] and `codes` [2, N], plain and mirrored, `label` and `key`.
+    Ranks need no process group: each writes its own parts, and whichever finds all of them finished closes the set.
+
+    Args:
+        vae: frozen, in eval mode; it is moved to `device`. Likewise `tokenizer`.
+        progress: show a bar on rank 0.
+        part_size: images a part, the unit of resumption.
+
+    Returns:
+        The manifest, or None on a rank that finishes while parts of others are missing.
+
+    Raises:
+        UserError: a target that is remote, unwritable or holds shards made from something else; more broken images than
+            `data.max_broken` allows; latents that are not finite.
+    """
+    if ":/" in cfg.data.shards:
+        raise UserError(f"data.shards={cfg.data.shards}: shards are written to a local folder, then copied to a remote")
+    folder = Path(cfg.data.shards)
+    vae, tokenizer = vae.to(device), tokenizer.to(device)
+    recipe: dict[str, Any] = {
+        "format": FORMAT,
+        "images": _images_fingerprint(images),
+        "image_size": cfg.data.image_size,
+        "vae": fingerprint(vae.state_dict()),
+        "tokenizer": fingerprint(tokenizer.state_dict()),
+    }
+    parts = Parts(folder, recipe, len(images), part_size)
+    if not parts.todo() and (folder / MANIFEST).is_file():
+        manifest = read_manifest(cfg.data.shards)
+        tqdm.write(f"{folder} is complete: {manifest.count} images, nothing to do", file=sys.stderr)
+        return manifest
+
+    encoder = _Encoder(cfg, images, vae, tokenizer, device, _joined("broken", parts.summaries()))
+    parts.write(parts.todo(rank, world), encoder.columns, encoder.rows_of, progress and rank == 0)
+    summaries = parts.close()
+    if summaries is None:
+        return None
+
+    manifest = encoder.manifest(recipe, summaries)
+    write_json(folder / MANIFEST, vars(manifest))
+    return manifest
+
+
+class _Encoder:
+    """Rows of shards from images, and the sums over them that the manifest needs."""
+
+    def __init__(self, cfg: Config, images: ImageSet, vae: VAE, tokenizer: Tokenizer, device: Any, broken: list[str]):
+        self.cfg, self.images, self.vae, self.tokenizer, self.device = cfg, images, vae, tokenizer, device
+        self.broken = broken  # of all parts so far
+        levels = (len(codec.config.multipliers) for codec in (vae, tokenizer))
+        self.grid, self.code_grid = (cfg.data.image_size >> (count - 1) for count in levels)
+        self.code_dtype = code_dtype(tokenizer.config.bits)
+        channels = vae.config.latent_channels
+        self.columns = {
+            "moments": f"ndarray:float16:2,{2 * channels},{self.grid},{self.grid}",
+            "codes": f"ndarray:{self.code_dtype}:2,{self.code_grid**2}",
+            "label": "int",
+            "key": "str",
+        }
+
+    def rows_of(self, indices: range, summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The rows of the readable images among `indices`; `summary` is complete when they are all taken."""
+        channels = self.vae.config.latent_channels
+        total, squares = np.zeros(channels), np.zeros(channels)
+        counts, broken_before = np.zeros(len(self.images.classes), int), len(self.broken)
+        items = _Tolerant(ImageSource(self.images, self.cfg.data.image_size), indices)
+        for batch in DataLoader(items, BATCH, num_workers=self.cfg.data.workers, collate_fn=list):
+            self._note_broken([item for item in batch if isinstance(item[0], BrokenImageError)])
+            batch = [item for item in batch if not isinstance(item[0], BrokenImageError)]
+            if not batch:
+                continue
+            pixels, labels, keys = zip(*batch)
+            moments, codes = self._encode(torch.stack(pixels))
+            mean, std = (value.double() for value in posterior(torch.from_numpy(moments[:, 0])))
+            total += mean.sum((0, 2, 3)).numpy()
+            squares += (mean**2 + std**2).sum((0, 2, 3)).numpy()
+            counts += np.bincount(labels, minlength=len(counts))
+            for row in zip(moments, codes, labels, keys):
+                yield dict(zip(("moments", "codes", "label", "key"), row))
+        summary.update(
+            class_counts=counts.tolist(),
+            sum=total.tolist(),
+            squares=squares.tolist(),
+            broken=self.broken[broken_before:],
+        )
+
+    def manifest(self, recipe: dict[str, Any], summaries: list[dict[str, Any]]) -> Manifest:
+        """The manifest of the whole set from the summaries of all parts."""
+        counts = np.sum([part["class_counts"] for part in summaries], axis=0)
+        # summed in the order of the parts, so that no digit depends on who wrote them
+        sums = np.sum([[part["sum"], part["squares"]] for part in summaries], axis=0)
+        mean, square = sums / (counts.sum() * self.grid**2)
+        return Manifest(
+            format=FORMAT,
+            mixar=__version__,
+            count=int(counts.sum()),
+            classes=self.images.classes,
+            class_counts=counts.tolist(),
+            image_size=self.cfg.data.image_size,
+            crop="adm",
+            grid=self.grid,
+            code_grid=self.code_grid,
+            latent_channels=self.vae.config.latent_channels,
+            code_bits=self.tokenizer.config.bits,
+            vae=recipe["vae"],
+            vae_weights=self.cfg.vae.weights,
+            tokenizer=recipe["tokenizer"],
+            tokenizer_weights=self.cfg.tokenizer.weights,
+            latent_mean=mean.tolist(),
+            latent_std=np.sqrt(square - mean**2).tolist(),
+            broken=_joined("broken", summaries),
+        )
+
+    @torch.inference_mode()
+    def _encode(self, pixels: Tensor) -> tuple[NDArray, NDArray]:
+        """uint8 [B, 3, H, W] to moments [B, 2, 2C, h, w] and codes [B, 2, N]."""
+        plain = pixels.to(self.device).float() / 255
+        both = rearrange([plain, plain.flip(-1)], "f b c h w -> (b f) c h w")
+        moments = rearrange(self.vae.encode(2 * both - 1).half().cpu(), "(b f) c h w -> b f c h w", f=2).numpy()
+        codes = rearrange(self.tokenizer.encode(both).cpu(), "(b f) n -> b f n", f=2).numpy()
+        if not np.isfinite(moments).all():
+            raise UserError("the VAE gives latents that are not finite in float16: check vae.weights")
+        return moments, codes.astype(self.code_dtype)
+
+    def _note_broken(self, found: list[tuple[BrokenImageError, str]]) -> None:
+        for error, _ in found:
+            tqdm.write(f"skipped: {error}", file=sys.stderr)
+        self.broken += [key for _, key in found]
+        if len(self.broken) > self.cfg.data.max_broken * len(self.images):
+            raise UserError(
+                f"{len(self.broken)} of {len(self.images)} images are broken, more than data.max_broken="
+                f"{self.cfg.data.max_broken:g} of the set: {', '.join(self.broken[:5])}. "
+                "Replace them, or write a larger data.max_broken"
+            )
+
+
+class _Tolerant(Dataset):
+    """Items of an image source at `indices`; a broken image is the pair of its error and its key."""
+
+    def __init__(self, source: ImageSource, indices: range):
+        self.source, self.indices = source, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int, str] | tuple[BrokenImageError, str]:
+        try:
+            return self.source[self.indices[i]]
+        except BrokenImageError as error:
+            return error, self.source.images.keys[self.indices[i]]
+
+
+def code_dtype(bits: int) -> str:
+    """The smallest dtype for ids of so many bits that MDS and torch share."""
+    return "uint16" if bits <= 16 else "int32"
+
+
+def _joined(key: str, parts: list[dict[str, Any]]) -> list[Any]:
+    return [value for part in parts for value in part[key]]
+
+
+def _images_fingerprint(images: ImageSet) -> str:
+    """16 hex digits over classes, keys and labels, not the pixels: to read all files again would take hours."""
+    digest = hashlib.sha256(repr((images.classes, images.keys, images.labels)).encode())
+    return digest.hexdigest()[:16]
+
+
+@torch.inference_mode()
+def verify(shards: str, vae: VAE, tokenizer: Tokenizer, out_png: str | Path, count: int = 16) -> None:
+    """Decode `count` images spread over a local set to a PNG, to see with one's own eyes that it holds what it should.
+
+    Rows: the VAE's mean decoded, the same of the mirrored image, the tokenizer's codes decoded.
+    """
+    dataset = LocalDataset(shards)
+    places = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)
+    rows = [dataset[int(place)] for place in places]
+    device = next(vae.parameters()).device
+    moments = torch.from_numpy(np.stack([row["moments"] for row in rows])).to(device)
+    codes = torch.from_numpy(np.stack([row["codes"][0].astype(np.int64) for row in rows])).to(device)
+    decoded = [vae.decode(posterior(moments[:, flip])[0]) / 2 + 0.5 for flip in (0, 1)]
+    Path(out_png).parent.mkdir(parents=True, exist_ok=True)
+    save_image(torch.cat([*decoded, tokenizer.to(device).decode(codes)]).clamp(0, 1), out_png, nrow=len(rows))

@@ -1,0 +1,17 @@
+"""The error that a user can act on."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake on the user's side; its text says what was given, what was expected and what to type instead.
+
+    The command line prints it as one line without a traceback and exits with status 2.
+    """
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the known name closest to `given`, or the empty string when none is close."""
+    close = difflib.get_close_matches(given, list(known), n=1, cutoff=0.6)
+    return f" Did you mean '{close[0]}'?" if close else ""

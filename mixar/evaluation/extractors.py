@@ -1,0 +1,149 @@
+"""Feature extractors of torch-fidelity: its InceptionV3, and a classifier of one's own from an export folder."""
+
+import hashlib
+import pickle
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+from torch_fidelity.registry import register_feature_extractor
+from torch_fidelity.utils import create_feature_extractor
+
+from mixar.errors import UserError
+from mixar.evaluation.classifier import load_classifier
+from mixar.weights import fingerprint, read_state
+
+INCEPTION = "inception-v3-compat"
+INCEPTION_FEATURES = 2048
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+CLASSIFIER = "mixar-classifier"
+
+
+class ClassifierExtractor(FeatureExtractorBase):
+    """A `Classifier` as torch-fidelity sees it; `feature_extractor_weights_path` is its export folder.
+
+    Raises:
+        UserError: no classifier's export there; images of another size than the classifier was trained on.
+    """
+
+    def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str, **_):
+        super().__init__(name, features_list)
+        self.classifier, self.accuracy = load_classifier(feature_extractor_weights_path)
+
+    def forward(self, input: Tensor) -> tuple[Tensor, ...]:
+        """The requested features, float32 [B, F] and [B, classes], of images uint8 [B, 3, H, W]."""
+        size = self.classifier.config.image_size
+        if input.shape[1:] != (3, size, size):
+            raise UserError(f"this classifier scores 3x{size}x{size} images, not {'x'.join(map(str, input.shape[1:]))}")
+        embedding = self.classifier.embed(input)
+        outputs = {"features": embedding, "logits": self.classifier.classify(embedding)}
+        return tuple(outputs[name] for name in self.features_list)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return "features", "logits"
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        return "logits" if metric == "isc" else "features"
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        return False
+
+
+register_feature_extractor(CLASSIFIER, ClassifierExtractor)
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A feature extractor of torch-fidelity on its device, and the name under which its scores may be compared."""
+
+    label: str  # INCEPTION for the published weights only
+    description: str
+    classes: int | None  # of its logits, where these are the labels of the scored set
+    network: FeatureExtractorBase
+    device: torch.device
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [B, F] and logits [B, K], float32 on the CPU, of images uint8 [B, 3, H, W]."""
+        # TF32 would move an FID by more than the margins that papers compare
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            features, logits = self.network(images.to(self.device))
+        return features.cpu(), logits.cpu()
+
+
+def make_extractor(spec: str, device: torch.device | str = "cpu") -> Extractor:
+    """The extractor that `spec` names.
+
+    Args:
+        spec: `inception`, with the weights in torch's hub cache or downloaded into it; `inception=PATH` with the
+            weights in a file; or the folder of a classifier's export.
+
+    Raises:
+        UserError: the weights cannot be had, or are not what `spec` says.
+    """
+    if spec == "inception":
+        return _inception(_hub_weights(), torch.device(device))
+    if spec.startswith("inception="):
+        return _inception(Path(spec.removeprefix("inception=")), torch.device(device))
+    network = _create(CLASSIFIER, spec, torch.device(device))
+    assert isinstance(network, ClassifierExtractor)
+    config = network.classifier.config
+    return Extractor(
+        label=f"classifier:{fingerprint(network.classifier.state_dict())}",
+        description=f"classifier of {config.classes} classes, {network.accuracy:.2%} right on held-out images, {spec}",
+        classes=config.classes,
+        network=network,
+        device=torch.device(device),
+    )
+
+
+def _create(name: str, weights: str, device: torch.device) -> FeatureExtractorBase:
+    layers = ["2048", "logits_unbiased"] if name == INCEPTION else ["features", "logits"]
+    options = {"cuda": False, "verbose": False, "feature_extractor_weights_path": weights}
+    return create_feature_extractor(name, layers, **options).to(device)
+
+
+def _inception(weights: Path, device: torch.device) -> Extractor:
+    if not weights.is_file():
+        raise UserError(f"no Inception weights at {weights}: download {URL_INCEPTION_V3} to there")
+    read_state(weights)  # torch-fidelity reads a full pickle, which may run code: see first that it holds tensors only
+    try:
+        network = _create(INCEPTION, str(weights), device)
+    except (RuntimeError, pickle.UnpicklingError):
+        raise UserError(f"{weights} is not torch-fidelity's InceptionV3: download {URL_INCEPTION_V3}") from None
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    published = digest == INCEPTION_SHA256
+    return Extractor(
+        label=INCEPTION if published else f"inception-v3:{digest[:12]}",
+        description=f"torch-fidelity's InceptionV3, {'published' if published else 'other'} weights, sha256 {digest}",
+        classes=None,
+        network=network,
+        device=device,
+    )
+
+
+def _hub_weights() -> Path:
+    """Where torch-fidelity keeps Inception's weights, downloaded if they are not there."""
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(URL_INCEPTION_V3).name)
+    if not path.is_file():
+        timeout = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(10)  # behind a firewall that answers nothing, the download would wait for ever
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=INCEPTION_SHA256)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"Inception's weights are not at {path}, and their download failed ({error}): bring {URL_INCEPTION_V3} "
+                "to that place, or to any other and write `inception=PATH` for the extractor; or name the folder of a "
+                "classifier to score in its feature space"
+            ) from None
+        finally:
+            socket.setdefaulttimeout(timeout)
+    return path

@@ -1,0 +1,149 @@
+"""Features of images, and the scores drawn from them: Fréchet distance, Inception score, precision and recall."""
+
+import hashlib
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+from tqdm import tqdm
+
+from mixar.errors import UserError
+from mixar.evaluation.extractors import INCEPTION, INCEPTION_FEATURES, Extractor
+from mixar.evaluation.files import replacing
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and covariance of a set's features: all that a Fréchet distance needs of a reference."""
+
+    n: int | None  # None: a file of others, which does not say
+    mean: Tensor  # float64 [F]
+    cov: Tensor  # float64 [F, F], unbiased
+    label: str  # of the extractor
+    digest: str  # sha256 of the images' pixels; in a file of others, of its numbers
+
+    def save(self, path: str | Path) -> None:
+        """Write an npz whose `mu` and `sigma` other tools read too. UserError when it cannot be written."""
+        mu, sigma = self.mean.numpy(), self.cov.numpy()
+        with replacing(path) as part, part.open("wb") as file:
+            np.savez(file, mu=mu, sigma=sigma, n=self.n or 0, extractor=self.label, digest=self.digest)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Statistics":
+        """Read what `save` wrote, or the `mu` and `sigma` of Inception features that ADM and others publish.
+
+        Raises:
+            UserError: no such file, a broken one, or no statistics in it.
+        """
+        if not zipfile.is_zipfile(path):
+            raise UserError(f"no statistics at {path}, or a broken file: name an npz with `mu` and `sigma`, or images")
+        with np.load(path) as npz:
+            if not {"mu", "sigma"} <= set(npz.files):
+                raise UserError(f"{path} holds {', '.join(npz.files)}, not `mu` and `sigma`: score against its images")
+            mean, cov = torch.from_numpy(npz["mu"]).double(), torch.from_numpy(npz["sigma"]).double()
+            if "extractor" in npz.files:
+                return cls(int(npz["n"]) or None, mean, cov, str(npz["extractor"]), str(npz["digest"]))
+        if mean.shape != (INCEPTION_FEATURES,):
+            raise UserError(f"{path} does not name its extractor, and {len(mean)} features are not Inception's")
+        digest = hashlib.sha256(mean.numpy().tobytes() + cov.numpy().tobytes()).hexdigest()
+        return cls(None, mean, cov, INCEPTION, digest)
+
+
+@dataclass(frozen=True)
+class Features:
+    """What an extractor sees in a set of images."""
+
+    features: Tensor  # [n, F]
+    logits: Tensor  # [n, K]
+    label: str  # of the extractor
+    digest: str  # sha256 of the images' pixels, in order
+
+    @property
+    def n(self) -> int:
+        """The number of images."""
+        return len(self.features)
+
+    def statistics(self) -> Statistics:
+        """Mean and covariance, in float64. UserError for fewer than two images."""
+        _require(self.n, 2, "a covariance")
+        features = self.features.double()
+        return Statistics(self.n, features.mean(0), torch.cov(features.T), self.label, self.digest)
+
+
+def accumulate(batches: Iterable[Tensor], extractor: Extractor, progress: str | None = None) -> Features:
+    """The features of images uint8 [B, 3, H, W].
+
+    Args:
+        progress: the caption of a progress bar; None shows none.
+
+    Raises:
+        UserError: no images, or images that the extractor cannot take.
+    """
+    features, logits, pixels = [], [], hashlib.sha256()
+    for images in tqdm(batches, desc=progress, disable=progress is None, unit="batch"):
+        pixels.update(images.cpu().contiguous().numpy().tobytes())
+        outputs = extractor(images)
+        features.append(outputs[0])
+        logits.append(outputs[1])
+    _require(len(features), 1, "scores")
+    return Features(torch.cat(features), torch.cat(logits), extractor.label, pixels.hexdigest())
+
+
+def frechet_distance(a: Statistics, b: Statistics) -> float:
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) in float64 (Heusel et al. 2017, Eq. 6).
+
+    The trace of the root is that of (C_a^(1/2) C_b C_a^(1/2))^(1/2): symmetric, so its eigenvalues are real and those
+    that rounding left below zero are zero.
+
+    Raises:
+        UserError: statistics of different extractors.
+    """
+    _require_same(a, b)
+    values, vectors = torch.linalg.eigh(a.cov)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    trace = torch.linalg.eigvalsh(root @ b.cov @ root).clamp_min(0).sqrt().sum()
+    return ((a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * trace).item()
+
+
+def inception_score(logits: Tensor) -> tuple[float, float]:
+    """Mean and deviation over ten splits of exp E[KL(p(y|x) || p(y))] (Salimans et al. 2016), of logits [n, K].
+
+    Raises:
+        UserError: fewer than two images.
+    """
+    _require(len(logits), 2, "an Inception score")
+    # a split without images would make the score nan
+    result = isc_features_to_metric(logits.double(), splits=min(10, len(logits)))
+    return result[KEY_METRIC_ISC_MEAN], result[KEY_METRIC_ISC_STD]
+
+
+def precision_recall(samples: Features, reference: Features) -> tuple[float, float]:
+    """Shares of the samples near the reference and of the reference near the samples (Kynkäänniemi et al. 2019).
+
+    Near is within the ball of some image of the other set up to its third neighbour, as in ADM's evaluation.
+
+    Raises:
+        UserError: features of different extractors, or fewer than four images on a side.
+    """
+    _require_same(samples, reference)
+    _require(min(samples.n, reference.n), 4, "third neighbours")
+    # by parts: the distances of 50,000 images to each other would fill 20 GB
+    options = {"prc_neighborhood": 3, "prc_batch_size": 2048, "save_cpu_ram": True, "verbose": False}
+    result = prc_features_to_metric(samples.features.double(), reference.features.double(), **options)
+    return result[KEY_METRIC_PRECISION], result[KEY_METRIC_RECALL]
+
+
+def _require(n: int, least: int, what: str) -> None:
+    if n < least:
+        raise UserError(f"{what} cannot come of {n} images: give {least} or more")
+
+
+def _require_same(a: Statistics | Features, b: Statistics | Features) -> None:
+    if a.label != b.label:
+        raise UserError(f"features of {a.label} cannot be compared with those of {b.label}: use one extractor for both")

@@ -1,0 +1,110 @@
+"""What a run tells: TensorBoard, metrics.jsonl with the same scalars, and one console line an interval."""
+
+import json
+import logging
+import math
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.utils import make_grid
+
+log = logging.getLogger("mixar")
+
+
+def start_log(file: Path) -> None:
+    """Send the `mixar` logger to the console and to `file`."""
+    log.setLevel(logging.INFO)
+    log.handlers.clear()
+    log.propagate = False
+    handlers: list[logging.Handler] = [logging.StreamHandler(), logging.FileHandler(file)]
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        log.addHandler(handler)
+
+
+class Metrics:
+    """Writes to `run_dir`/tb and `run_dir`/metrics.jsonl.
+
+    Args:
+        step: the step a run resumes after. Lines past it are removed: the run writes them again.
+        images: those seen at that step.
+        total: images of the whole run, for the time left.
+    """
+
+    def __init__(self, run_dir: Path, step: int, images: int, total: int) -> None:
+        self.path = run_dir / "metrics.jsonl"
+        if self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
+            self.path.write_text("".join(f"{line}\n" for line in kept))
+        self.board = SummaryWriter(str(run_dir / "tb"), purge_step=step + 1)
+        self.total = total
+        self._since = (time.monotonic(), images)
+        self._rate = 0.0
+
+    def write(self, step: int, images: int, scalars: dict[str, float], wait: float) -> None:
+        """One interval: its mean scalars, and `wait`, the seconds in it spent waiting for data."""
+        now = time.monotonic()
+        elapsed, seen = now - self._since[0], images - self._since[1]
+        self._since = (now, images)
+        # the time left follows a smoothed rate, so that one slow interval does not double it
+        rate = seen / max(elapsed, 1e-9)
+        self._rate = rate if self._rate == 0 else 0.7 * self._rate + 0.3 * rate
+        scalars = scalars | {"images_per_second": rate, "data_wait": wait / max(elapsed, 1e-9)}
+        record = {"step": step, "images": images, **{k: v if math.isfinite(v) else None for k, v in scalars.items()}}
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        for name, value in scalars.items():
+            self.board.add_scalar(name, value, step)
+        left = timedelta(seconds=round((self.total - images) / max(self._rate, 1e-9)))
+        log.info(
+            "step %d  %d/%d images  loss %.4f  lr %.2e  |grad| %.2f  %.0f images/s  wait %.0f%%  left %s",
+            step, images, self.total, scalars.get("loss", math.nan), scalars.get("lr", 0),
+            scalars.get("grad_norm", math.nan), rate, 100 * scalars["data_wait"], left,
+        )  # fmt: skip
+
+    def pause(self) -> None:
+        """Leave the time since the last interval out of the next one's rate (a preview, a checkpoint)."""
+        self._paused = time.monotonic()
+
+    def resume(self) -> None:
+        self._since = (self._since[0] + time.monotonic() - self._paused, self._since[1])
+
+    def images(self, tag: str, images: Tensor, step: int) -> None:
+        """A grid of uint8 images [k, 3, H, W]."""
+        self.board.add_image(tag, make_grid(images, nrow=8, padding=1), step)
+
+    def close(self) -> None:
+        self.board.close()
+
+
+class Averages:
+    """Sums scalars on the device and reads them once an interval, so that no step waits for the host."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, scalars: dict[str, Tensor]) -> None:
+        """Add scalars as float32 [2], sum and count."""
+        for name, value in scalars.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def drain(self) -> dict[str, float]:
+        """The means since the last call; a name that counted nothing is left out."""
+        if not self._sums:
+            return {}
+        device = next(iter(self._sums.values())).device
+        values = torch.stack([value.to(device) for value in self._sums.values()]).cpu().tolist()
+        means = {name: total / count for name, (total, count) in zip(self._sums, values) if count}
+        self._sums.clear()
+        return means
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return math.inf  # a line torn by a kill

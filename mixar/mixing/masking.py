@@ -1,0 +1,109 @@
+"""The training mask (Eq. 8): its ratio's law, its stratification, and the packing of what stays visible."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixar import draws
+from mixar.config import MaskConfig
+from mixar.draws import Stream
+
+
+def ratio_quantile(u: Tensor, minimum: float, std: float) -> Tensor:
+    """The quantile function of normal(1, std) truncated to [minimum, 1], MAR's law of the mask ratio.
+
+    Args:
+        u: probability levels on [0, 1].
+
+    Returns:
+        float64, the shape of `u`.
+    """
+    low = torch.special.ndtr(torch.tensor((minimum - 1) / std, dtype=torch.float64))
+    return 1 + std * torch.special.ndtri(low + u.double() * (0.5 - low))
+
+
+def masked_counts(cfg: MaskConfig, tokens: int, seed: int, indices: Sequence[int], batch: int) -> list[int]:
+    """How many of its N positions each image has masked, ⌈rN⌉.
+
+    With `ratio_scope: image`, consecutive images form groups of G, and each group takes the G quantile midpoints of the
+    ratio's law in an order of its own, so every micro-batch holds the same counts. With `batch`, one ratio is drawn for
+    all images of a global batch, as the reference does.
+
+    Args:
+        indices: global indices of the images; with `ratio_scope: image` whole groups of G.
+        batch: the global batch.
+    """
+    if cfg.ratio_scope == "batch":
+        scope = torch.tensor(sorted({i // batch for i in indices}))
+        ratio = dict(zip(scope.tolist(), draws.uniform(seed, Stream.MASK_RATIO, scope), strict=True))
+        levels = torch.stack([ratio[i // batch] for i in indices])
+    else:
+        groups = torch.tensor([i // cfg.group for i in indices[:: cfg.group]])
+        places = draws.permutation(seed, Stream.MASK_RATIO, groups, cfg.group).flatten()
+        levels = (places.double() + 0.5) / cfg.group
+    return torch.ceil(tokens * ratio_quantile(levels, cfg.minimum, cfg.std)).long().tolist()
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Which positions of a batch are masked, and how the visible ones pack into one row of tokens.
+
+    Attributes:
+        masked: bool [B, N], True where the model predicts.
+        visible: V of each image, known on the host so that no shape waits for the device.
+    """
+
+    masked: Tensor
+    visible: tuple[int, ...]
+
+    @classmethod
+    def from_order(cls, order: Tensor, counts: Sequence[int]) -> "Masking":
+        """Mask the first `counts[b]` positions of each image's `order` [B, N]."""
+        n = order.shape[1]
+        limits = torch.as_tensor(counts, device=order.device)
+        return cls(order.argsort(-1) < limits[:, None], tuple(n - count for count in counts))
+
+    def packed_rows(self, prefix: int) -> Tensor:
+        """Where the encoder's tokens lie in [B, prefix + N], flattened: an image's prefix, then its visible positions.
+
+        Returns:
+            int64 [sum of (prefix + V)], in raster order within an image.
+        """
+        seen_first = F.pad(self.masked, (prefix, 0)).int().argsort(dim=-1, stable=True)
+        return _flat(seen_first)[_spans(self.visible, seen_first.shape[1], prefix, False, self.masked.device)]
+
+    @property
+    def masked_rows(self) -> Tensor:
+        """Where the masked positions lie in [B, N], flattened: int64 [R], image by image in raster order."""
+        seen_first = self.masked.int().argsort(dim=-1, stable=True)
+        return _flat(seen_first)[_spans(self.visible, seen_first.shape[1], 0, True, self.masked.device)]
+
+    @property
+    def row_weights(self) -> Tensor:
+        """float32 [R], the weight of each masked row in a mean over an image's rows and then over images."""
+        n = self.masked.shape[1]
+        return _weights(tuple(n - v for v in self.visible), self.masked.device)
+
+
+def _flat(index: Tensor) -> Tensor:
+    """Positions within an image [B, P] as places in the flattened batch [B*P]."""
+    return (index + torch.arange(len(index), device=index.device)[:, None] * index.shape[1]).flatten()
+
+
+# Under stratified ratios these are the same in every step: built once on the host, kept on the device.
+@lru_cache(maxsize=64)
+def _spans(visible: tuple[int, ...], width: int, prefix: int, tail: bool, device: torch.device) -> Tensor:
+    """The first prefix + V columns of each row of a [B, width] table, or those after them, flattened."""
+    spans = [(b * width, b * width + prefix + v, (b + 1) * width) for b, v in enumerate(visible)]
+    return torch.cat([torch.arange(cut, end) if tail else torch.arange(start, cut) for start, cut, end in spans]).to(
+        device
+    )
+
+
+@lru_cache(maxsize=64)
+def _weights(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.cat([torch.full((count,), 1 / (count * len(counts))) for count in counts]).to(device)

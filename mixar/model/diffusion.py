@@ -1,0 +1,198 @@
+"""The diffusion process of the head: improved DDPM (Nichol & Dhariwal 2021) with a cosine schedule, 1000 steps, learned
+range of variances, on continuous tokens.
+
+Tables are computed in float64 and gathered into float32; all arithmetic here is float32, whatever autocast says, since
+x0 at t = 999 multiplies ε by 2e4.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixar.errors import UserError
+
+STEPS = 1000
+
+
+def cosine_betas(steps: int = STEPS) -> np.ndarray:
+    """β of the cosine schedule, float64 [steps]."""
+
+    def alpha_bar(s: float) -> float:
+        return math.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    return np.array([min(1 - alpha_bar((i + 1) / steps) / alpha_bar(i / steps), 0.999) for i in range(steps)])
+
+
+def respaced_steps(spec: str, steps: int = STEPS) -> list[int]:
+    """The training steps that a respacing keeps, ascending.
+
+    Args:
+        spec: "K" for K evenly spaced, "a,b,c" for so many in equal sections of the schedule, "ddimK" for the one
+            integer stride that gives K.
+
+    Raises:
+        UserError: a spec that is none of these or asks for more steps than there are.
+    """
+    try:
+        if spec.startswith("ddim"):
+            count = int(spec[4:])
+            stride = next(s for s in range(1, steps) if len(range(0, steps, s)) == count)
+            return list(range(0, steps, stride))
+        sections = [int(part) for part in spec.split(",")]
+        if min(sections) < 1:
+            raise ValueError
+    except (ValueError, StopIteration):
+        raise UserError(
+            f"sample.diffusion_steps={spec} is no respacing of {steps} steps: "
+            "write a count such as 100, sections such as 10,5, or ddim50"
+        ) from None
+    kept: list[int] = []
+    start = 0
+    for i, count in enumerate(sections):
+        size = steps // len(sections) + (i < steps % len(sections))
+        if size < count:
+            raise UserError(
+                f"sample.diffusion_steps={spec}: a section of {size} steps cannot hold {count}; write {size} or fewer"
+            )
+        spacing = (size - 1) / (count - 1) if count > 1 else 1.0
+        offset = 0.0  # accumulated, as the reference does: the rounding below depends on it
+        for _ in range(count):
+            kept.append(start + round(offset))
+            offset += spacing
+        start += size
+    return sorted(set(kept))
+
+
+class Diffusion:
+    """The tables of a (respaced) process and what is computed from them.
+
+    Args:
+        spec: a respacing as in `respaced_steps`; None keeps all 1000 steps.
+        last: the training step that sampling starts from, 999 for the reference's process. Below it, what the respacing
+            spreads over is 0..last.
+
+    Attributes:
+        timesteps: int64 [K], the training step of each step of this process.
+    """
+
+    def __init__(self, spec: str | None = None, last: int = STEPS - 1) -> None:
+        kept = list(range(STEPS)) if spec is None else respaced_steps(spec, last + 1)
+        full = np.cumprod(1 - cosine_betas())[kept]
+        # on the full schedule 1 - ᾱ_k/ᾱ_{k-1} would only add rounding to β
+        betas = cosine_betas() if spec is None else 1 - full / np.append(1.0, full[:-1])
+        alphas_bar = np.cumprod(1 - betas)
+        previous = np.append(1.0, alphas_bar[:-1])
+        variance = betas * (1 - previous) / (1 - alphas_bar)
+        self.timesteps = torch.tensor(kept, device="cpu")  # real values also for a model built on the meta device
+        self.tables = {
+            "betas": betas,
+            "alphas_cumprod": alphas_bar,
+            "posterior_variance": variance,
+            # entry 0 is zero: its logarithm is taken from entry 1
+            "posterior_log_variance_clipped": np.log(
+                np.append(variance[1:2] if len(variance) > 1 else variance, variance[1:])
+            ),
+            "posterior_mean_coef1": betas * np.sqrt(previous) / (1 - alphas_bar),
+            "posterior_mean_coef2": (1 - previous) * np.sqrt(1 - betas) / (1 - alphas_bar),
+            "sqrt_alphas_cumprod": np.sqrt(alphas_bar),
+            "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - alphas_bar),
+            "sqrt_recip_alphas_cumprod": np.sqrt(1 / alphas_bar),
+            "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / alphas_bar - 1),
+            "log_betas": np.log(betas),
+        }
+        self._stacked = torch.tensor(
+            np.stack([self.tables[name] for name in _USED], -1), dtype=torch.float32, device="cpu"
+        )
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def coefficients(self, t: Tensor) -> dict[str, Tensor]:
+        """Every table at steps t [R] of this process, float32 [R, 1] each."""
+        if self._stacked.device != t.device:
+            self._stacked = self._stacked.to(t.device)
+        return dict(zip(_USED, self._stacked[t].unsqueeze(-2).unbind(-1)))
+
+    def losses(
+        self, net: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], x0: Tensor, t: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Eq. 5 with the variational term that trains the variance, per row.
+
+        Args:
+            net: (x_t [R, C], t [R]) to ε and v, [R, C] each.
+            x0: clean tokens [R, C].
+            t: int64 [R] in 0..999.
+            noise: ε [R, C].
+
+        Returns:
+            mse [R], the mean over channels of (ε - ε̂)²; vb [R] in bits a dimension, in which ε̂ gets no gradient.
+        """
+        c = self.coefficients(t)
+        x_t = c["sqrt_alphas_cumprod"] * x0 + c["sqrt_one_minus_alphas_cumprod"] * noise
+        eps, v = net(x_t, t)
+        mse = (noise - eps).square().mean(-1)
+        true_mean = c["posterior_mean_coef1"] * x0 + c["posterior_mean_coef2"] * x_t
+        true_log_var = c["posterior_log_variance_clipped"]
+        mean, log_var = self._posterior(c, x_t, eps.detach(), v)[1:]
+        kl = 0.5 * (
+            log_var
+            - true_log_var
+            - 1
+            + torch.exp(true_log_var - log_var)
+            + (true_mean - mean).square() * torch.exp(-log_var)
+        )
+        nll = -_discretised_log_likelihood(x0, mean, 0.5 * log_var)
+        vb = torch.where(t == 0, nll.mean(-1), kl.mean(-1)) / math.log(2)
+        return mse, vb
+
+    def _posterior(self, c: dict[str, Tensor], x: Tensor, eps: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x0 = c["sqrt_recip_alphas_cumprod"] * x - c["sqrt_recipm1_alphas_cumprod"] * eps
+        fraction = (v + 1) / 2
+        log_var = fraction * c["log_betas"] + (1 - fraction) * c["posterior_log_variance_clipped"]
+        return x0, c["posterior_mean_coef1"] * x0 + c["posterior_mean_coef2"] * x, log_var
+
+    def ancestral_step(
+        self, step: int | Tensor, x: Tensor, eps: Tensor, v: Tensor, noise: Tensor, temperature: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """x_{k-1} from x_k; the temperature scales the step's noise.
+
+        Args:
+            step: k of this process, one for all rows or int64 [R].
+            x, eps, v, noise: [R, C].
+
+        Returns:
+            the sample [R, C], and mean, log_variance and pred_xstart behind it.
+        """
+        k = torch.as_tensor(step, device=x.device).reshape(-1)
+        x0, mean, log_var = self._posterior(self.coefficients(k), x, eps, v)
+        noisy = (k > 0).float()[:, None] * temperature * noise
+        sample = mean + torch.exp(0.5 * log_var) * noisy
+        return sample, {"mean": mean, "log_variance": log_var, "pred_xstart": x0}
+
+
+_USED: Sequence[str] = (
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+    "posterior_log_variance_clipped",
+    "log_betas",
+)
+
+
+def _discretised_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """log P of x under a Gaussian over bins of width 2/255 on [-1, 1], the CDF by its tanh approximation."""
+
+    def cdf(y: Tensor) -> Tensor:
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y.pow(3))))
+
+    centred, inverse_std = x - mean, torch.exp(-log_std)
+    upper = cdf(inverse_std * (centred + 1 / 255))
+    lower = cdf(inverse_std * (centred - 1 / 255))
+    mass = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
+    return mass.clamp_min(1e-12).log()

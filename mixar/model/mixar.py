@@ -1,0 +1,214 @@
+"""MixAR: MAR's encoder, decoder and diffusion head, with the discrete tokens entering in one of four ways."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from mixar.config import ModelConfig
+from mixar.mixing import Masking
+from mixar.model.blocks import Block
+from mixar.model.diffusion import Diffusion
+from mixar.model.head import Head
+from mixar.ops import code_bits, mix_gather
+
+
+def patchify(latents: Tensor, patch: int) -> Tensor:
+    """Latents [B, c, H, W] to tokens [B, N, C] in raster order; in a token the channel is slowest, then row, column."""
+    return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=patch, q=patch)
+
+
+def unpatchify(tokens: Tensor, patch: int) -> Tensor:
+    """The inverse of `patchify`, for a square grid."""
+    side = int(tokens.shape[1] ** 0.5)
+    return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=side, p=patch, q=patch)
+
+
+@dataclass
+class Losses:
+    """The diffusion loss of a batch, per row so that it can be looked at by timestep and mask ratio.
+
+    Attributes:
+        loss: [], the mean over an image's masked rows, then over images.
+        mse, vb: float32 [mul, R], detached.
+    """
+
+    loss: Tensor
+    mse: Tensor
+    vb: Tensor
+
+
+class DiffusionHead(nn.Module):
+    """The head under the name of the public weights, `diffloss.net.*`."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.net = Head(cfg.token_dim, cfg.decoder_width, cfg.head_depth, cfg.head_width)
+
+
+class MixAR(nn.Module):
+    """Continuous masked autoregression p(x_c | x_d) (Eq. 6).
+
+    State-dict names are those of the public MAR weights, which load into `guidance: none` as they are. The guidances:
+
+    - none: a learned vector at the masked positions of the decoder.
+    - dc_mix: there, a linear map of the discrete token's ±1 bits instead (Eq. 9).
+    - dc_sa: all discrete tokens as a prefix, a learned table with positions of its own, in encoder and decoder.
+    - dc_ca: the same table plus the encoder's positions, under a layer norm without parameters, as the memory of a
+      cross-attention after every self-attention. Without the norm the memory starts at std 0.03, its attention flat.
+    """
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.config = cfg
+        n, s, enc, dec = cfg.tokens, cfg.class_tokens, cfg.encoder_width, cfg.decoder_width
+        codes = 2**cfg.code_bits
+
+        self.class_emb = nn.Embedding(cfg.classes, enc)
+        self.fake_latent = nn.Parameter(torch.empty(1, enc))
+        self.z_proj = nn.Linear(cfg.token_dim, enc)
+        self.z_proj_ln = nn.LayerNorm(enc, eps=1e-6)
+        self.encoder_pos_embed_learned = nn.Parameter(torch.empty(1, s + n, enc))
+        self.encoder_blocks = self._blocks(enc, cfg.encoder_heads, cfg.encoder_depth)
+        self.encoder_norm = nn.LayerNorm(enc, eps=cfg.norm_eps)
+
+        self.decoder_embed = nn.Linear(enc, dec)
+        self.decoder_pos_embed_learned = nn.Parameter(torch.empty(1, s + n, dec))
+        self.decoder_blocks = self._blocks(dec, cfg.decoder_heads, cfg.decoder_depth)
+        self.decoder_norm = nn.LayerNorm(dec, eps=cfg.norm_eps)
+        self.diffusion_pos_embed_learned = nn.Parameter(torch.empty(1, n, dec))
+
+        if cfg.guidance == "dc_mix":
+            self.code_proj = nn.Linear(cfg.code_bits, dec)
+        else:
+            self.mask_token = nn.Parameter(torch.empty(1, 1, dec))
+        if cfg.guidance in ("dc_sa", "dc_ca"):
+            self.code_emb = nn.Embedding(codes, enc)
+        if cfg.guidance == "dc_sa":
+            self.encoder_code_pos_embed_learned = nn.Parameter(torch.empty(1, n, enc))
+            self.decoder_code_pos_embed_learned = nn.Parameter(torch.empty(1, n, dec))
+
+        self.diffloss = DiffusionHead(cfg)
+        self.diffusion = Diffusion()
+
+    def _blocks(self, width: int, heads: int, depth: int) -> nn.ModuleList:
+        cfg = self.config
+        memory = cfg.encoder_width if cfg.guidance == "dc_ca" else None
+        return nn.ModuleList(
+            Block(width, heads, cfg.mlp_ratio, cfg.dropout, cfg.norm_eps, memory) for _ in range(depth)
+        )
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the continuous ones: S, and under DC-SA the N discrete tokens."""
+        return self.config.class_tokens + (self.config.tokens if self.config.guidance == "dc_sa" else 0)
+
+    def class_embedding(self, labels: Tensor | None, drop: Tensor | None = None, batch: int = 1) -> Tensor:
+        """[B, D], the learned null embedding where `drop` [B] is set, or for a whole `batch` without labels."""
+        if labels is None:
+            return self.fake_latent.expand(batch, -1)
+        embedding = self.class_emb(labels)
+        return (
+            embedding if drop is None else torch.where(drop[:, None], self.fake_latent.to(embedding.dtype), embedding)
+        )
+
+    def _code_embedding(self, codes: Tensor) -> Tensor:
+        """The learned table [B, N, D]; dropped tokens (negative) embed to zero."""
+        return self.code_emb(codes.clamp_min(0)) * (codes >= 0)[..., None]
+
+    def _memory(self, codes: Tensor | None) -> Tensor | None:
+        if self.config.guidance != "dc_ca":
+            return None
+        assert codes is not None
+        positions = self.encoder_pos_embed_learned[:, self.config.class_tokens :]
+        return F.layer_norm(self._code_embedding(codes) + positions, (self.config.encoder_width,))
+
+    def _with_codes(self, positions: Tensor, codes_positions: str) -> Tensor:
+        """A position table [1, S + N, D] with DC-SA's own positions between class tokens and continuous tokens."""
+        if self.config.guidance != "dc_sa":
+            return positions
+        s = self.config.class_tokens
+        return torch.cat([positions[:, :s], getattr(self, codes_positions), positions[:, s:]], 1)
+
+    def encode(self, tokens: Tensor, classes: Tensor, masking: Masking, codes: Tensor | None) -> Tensor:
+        """The encoder over class tokens, DC-SA's prefix and the visible tokens.
+
+        Args:
+            tokens: [B, N, C]; what stands at masked positions is never used.
+            classes: class embeddings [B, D].
+            codes: int64 [B, N], negative where dropped; None under `guidance: none`.
+
+        Returns:
+            [T, D], packed as `masking.packed_rows(self.prefix)`.
+        """
+        parts = [repeat(classes, "b d -> b s d", s=self.config.class_tokens), self.z_proj(tokens)]
+        if self.config.guidance == "dc_sa":
+            assert codes is not None
+            parts.insert(1, self._code_embedding(codes))
+        x = torch.cat([part.to(parts[-1].dtype) for part in parts], 1)
+        x = x + self._with_codes(self.encoder_pos_embed_learned, "encoder_code_pos_embed_learned")
+        x = self.z_proj_ln(x.flatten(0, 1)[masking.packed_rows(self.prefix)])
+        lengths = tuple(self.prefix + v for v in masking.visible)
+        memory = self._memory(codes)
+        for block in self.encoder_blocks:
+            x = block(x, lengths, memory)
+        return self.encoder_norm(x)
+
+    def decode(self, encoded: Tensor, masking: Masking, codes: Tensor | None) -> Tensor:
+        """The decoder over all positions, up to its final norm's input: [B, N, D]."""
+        b, n = masking.masked.shape
+        embedded = self.decoder_embed(encoded)
+        if self.config.guidance == "dc_mix":
+            assert codes is not None
+            filling = F.pad(self.code_proj(code_bits(codes, self.config.code_bits)), (0, 0, self.prefix, 0))
+        else:
+            filling = self.mask_token.expand(b, self.prefix + n, -1)
+        x = mix_gather(embedded, masking.packed_rows(self.prefix), filling.to(embedded.dtype))
+        x = x + self._with_codes(self.decoder_pos_embed_learned, "decoder_code_pos_embed_learned")
+        lengths = (self.prefix + n,) * b
+        memory = self._memory(codes)
+        x = x.flatten(0, 1)
+        for block in self.decoder_blocks:
+            x = block(x, lengths, memory)
+        return x.view(b, self.prefix + n, -1)[:, self.prefix :]
+
+    def condition(
+        self, tokens: Tensor, classes: Tensor, masking: Masking, codes: Tensor | None, rows: Tensor
+    ) -> Tensor:
+        """z [R, D], the head's condition at `rows` of the flattened [B*N] positions. Arguments as in `encode`."""
+        x = self.decode(self.encode(tokens, classes, masking, codes), masking, codes)
+        z = self.decoder_norm(x.flatten(0, 1)[rows])
+        return z + self.diffusion_pos_embed_learned[0, rows % self.config.tokens]
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        masking: Masking,
+        codes: Tensor | None,
+        t: Tensor,
+        noise: Tensor,
+        drop: Tensor | None = None,
+    ) -> Losses:
+        """The diffusion loss (Eq. 5) on the masked rows, each at `mul` noise levels.
+
+        Args:
+            tokens: x_c [B, N, C], normalised.
+            labels: int64 [B].
+            codes: int64 [B, N], negative where dropped; None under `guidance: none`.
+            t: int64 [mul, R] in 0..999 for the R masked rows.
+            noise: ε [mul, R, C].
+            drop: bool [B], where the class is dropped.
+        """
+        rows = masking.masked_rows
+        z = self.condition(tokens, self.class_embedding(labels, drop), masking, codes, rows)
+        target = tokens.flatten(0, 1)[rows]
+        mul = len(t)
+        z, target = z.repeat(mul, 1), target.repeat(mul, 1)
+        net = lambda x, t: self.diffloss.net(x, t, z)
+        mse, vb = self.diffusion.losses(net, target, t.flatten(), noise.flatten(0, 1))
+        mse, vb = mse.view(mul, -1), vb.view(mul, -1)
+        loss = ((mse + vb).mean(0) * masking.row_weights).sum()
+        return Losses(loss, mse.detach(), vb.detach())

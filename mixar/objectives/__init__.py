@@ -1,0 +1,8 @@
+"""What can be trained: the two codecs, the discrete prior, MixAR."""
+
+from mixar.objectives.base import Objective
+from mixar.objectives.codecs import TokenizerObjective, VAEObjective
+from mixar.objectives.mixar import MixARObjective
+from mixar.objectives.prior import PriorObjective
+
+__all__ = ["MixARObjective", "Objective", "PriorObjective", "TokenizerObjective", "VAEObjective"]

@@ -1,0 +1,99 @@
+"""Training the two codecs: reconstruction with the VAE's divergence, or with the tokenizer's lookup-free losses."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixar import draws
+from mixar.codecs import VAE, Tokenizer, kl
+from mixar.config import Config, to_dict
+from mixar.data.batch import Batch
+from mixar.draws import Stream
+from mixar.objectives.base import Scalars, mean_of
+from mixar.weights import write_export
+
+
+def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute plus mean squared error, both in [0, 1] units of brightness."""
+    return F.l1_loss(output, target) + F.mse_loss(output, target)
+
+
+class CodecObjective:
+    """What both codecs share: images in, reconstructions to look at."""
+
+    kind: str
+
+    def __init__(self, cfg: Config, shown: Tensor) -> None:
+        """`shown`: uint8 [k, 3, H, W], the images whose reconstructions a preview holds."""
+        self.cfg = cfg
+        self.shown = shown
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        return parameter.ndim > 1
+
+    def reconstruct(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] through the codec and back."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def preview(self, model: nn.Module) -> Tensor | None:
+        device = next(model.parameters()).device
+        output = self.reconstruct(model, self.shown.to(device) / 255)
+        pairs = torch.stack([self.shown, (output.float().clamp(0, 1) * 255).round().byte().cpu()], 1)
+        return pairs.flatten(0, 1)
+
+    def export(self, model: nn.Module, folder: Path, about: dict[str, Any]) -> None:
+        section = getattr(self.cfg, self.kind)
+        write_export(folder, self.kind, to_dict(section) | {"weights": None}, model.state_dict(), **about)
+
+
+class VAEObjective(CodecObjective):
+    """Reconstruction plus `vae.kl_weight` times the divergence of an image's posterior."""
+
+    kind = "vae"
+
+    def build(self) -> nn.Module:
+        torch.manual_seed(self.cfg.seed)
+        return VAE(self.cfg.vae)
+
+    def loss(self, model: nn.Module, batch: Batch, epoch: float) -> tuple[Tensor, Scalars]:
+        assert batch.images is not None
+        images = batch.images / 255
+        grid = self.cfg.vae.grid
+        noise = draws.normal(self.cfg.seed, Stream.POSTERIOR, batch.index, self.cfg.vae.latent_channels, grid, grid)
+        output, moments = model(images * 2 - 1, noise)
+        reconstruction = reconstruction_loss(output.float() / 2 + 0.5, images)
+        divergence = kl(moments).mean()
+        loss = reconstruction + self.cfg.vae.kl_weight * divergence
+        return loss, {"loss": mean_of(loss), "reconstruction": mean_of(reconstruction), "kl": mean_of(divergence)}
+
+    def reconstruct(self, model: nn.Module, images: Tensor) -> Tensor:
+        assert isinstance(model, VAE)
+        mean = model.encode(images * 2 - 1).chunk(2, 1)[0]
+        return model.decode(mean) / 2 + 0.5
+
+
+class TokenizerObjective(CodecObjective):
+    """Reconstruction plus MaskBit's commitment and entropy losses."""
+
+    kind = "tokenizer"
+
+    def build(self) -> nn.Module:
+        torch.manual_seed(self.cfg.seed)
+        return Tokenizer(self.cfg.tokenizer)
+
+    def loss(self, model: nn.Module, batch: Batch, epoch: float) -> tuple[Tensor, Scalars]:
+        assert batch.images is not None
+        images = batch.images / 255
+        output, parts = model(images)
+        reconstruction = reconstruction_loss(output.float(), images)
+        loss = reconstruction + parts.pop("quantizer_loss")
+        scalars = {"loss": mean_of(loss), "reconstruction": mean_of(reconstruction)}
+        return loss, scalars | {name: mean_of(value) for name, value in parts.items()}
+
+    def reconstruct(self, model: nn.Module, images: Tensor) -> Tensor:
+        assert isinstance(model, Tokenizer)
+        return model.decode(model.encode(images))

@@ -1,0 +1,153 @@
+"""Training MixAR: mask, TI-Mix, diffusion loss. The training step of the paper on one page."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from mixar import draws
+from mixar.codecs import LatentNorm, load_tokenizer, load_vae, posterior
+from mixar.config import Config, to_dict
+from mixar.data.batch import Batch
+from mixar.draws import Stream
+from mixar.metrics import log
+from mixar.mixing import Masking, ground_truth_share, masked_counts, ti_mix
+from mixar.model import MixAR, init_weights, patchify
+from mixar.model.diffusion import STEPS
+from mixar.objectives.base import Scalars, mean_of, means_by_bucket
+from mixar.prior import Prior, fill, load_prior
+from mixar.sampling import MixARPipeline
+from mixar.weights import write_export
+
+T_BUCKETS = [f"loss/t{low:03d}-{low + 249:03d}" for low in range(0, STEPS, 250)]
+RATIO_BUCKETS = [f"loss/mask{low}-{low + 10}%" for low in range(0, 100, 10)]
+
+
+class MixARObjective:
+    """The diffusion loss under any guidance, with TI-Mix online or from pre-drawn tokens.
+
+    Args:
+        norm: the latents' normalisation, from the shards' manifest or MAR's scale.
+        device: where the frozen prior works; it is never part of the trained model.
+    """
+
+    def __init__(self, cfg: Config, norm: LatentNorm, device: torch.device) -> None:
+        self.cfg = cfg
+        self.norm = norm
+        online = cfg.ti_mix.enabled and cfg.ti_mix.source == "online"
+        self.prior: Prior | None = load_prior(cfg.prior, cfg.trust_pickle).to(device) if online else None
+
+    def build(self) -> nn.Module:
+        with torch.device("meta"):
+            model = MixAR(self.cfg.model)
+        model.to_empty(device="cpu")
+        init_weights(model, self.cfg.seed)
+        return model
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        # MAR's rule: no decay on vectors, nor anywhere in the diffusion head
+        return parameter.ndim > 1 and not name.startswith("diffloss.")
+
+    def loss(self, model: nn.Module, batch: Batch, epoch: float) -> tuple[Tensor, Scalars]:
+        cfg, seed = self.cfg.model, self.cfg.seed
+        batch, masking = self._mask(batch)
+        n, c, mul = cfg.tokens, cfg.token_dim, cfg.diffusion_batch_mul
+        codes, share, generated = self._codes(batch, masking, epoch)
+        drop = draws.uniform(seed, Stream.CLASS_DROP, batch.index, 1)[:, 0] < cfg.class_drop_prob
+        rows = masking.masked_rows
+        t = (draws.uniform(seed, Stream.TIMESTEP, batch.index, mul, n) * STEPS).long()
+        t = rearrange(t, "b mul n -> mul (b n)")[:, rows]
+        noise = draws.normal(seed, Stream.NOISE, batch.index, mul, n, c)
+        noise = rearrange(noise, "b mul n c -> mul (b n) c")[:, rows]
+
+        losses = model(self._tokens(batch), batch.labels, masking, codes, t, noise, drop)
+
+        each = losses.mse + losses.vb
+        ratio = masking.masked.float().mean(-1)[rows // n].expand_as(each)
+        scalars = {"loss": mean_of(losses.loss), "loss/mse": mean_of(losses.mse), "loss/vb": mean_of(losses.vb)}
+        scalars |= means_by_bucket(each.flatten(), t.flatten() // 250, T_BUCKETS)
+        # a ratio of 1 belongs to the last bucket; the 1e-6 keeps 0.9 from falling below its own edge
+        scalars |= means_by_bucket(each.flatten(), (ratio.flatten() * 10 + 1e-6).long().clamp_max(9), RATIO_BUCKETS)
+        if codes is not None:
+            now = torch.full((), share, device=rows.device)
+            scalars |= {"ti_mix/lambda": mean_of(now), "ti_mix/generated": generated}
+        return losses.loss, scalars
+
+    def _mask(self, batch: Batch) -> tuple[Batch, Masking]:
+        """Mask the batch (Eq. 8), its images sorted by how much they show, so that equal lengths stand together."""
+        cfg = self.cfg
+        if batch.drawn is not None:
+            counts, order = batch.drawn.count, batch.drawn.order
+        else:
+            counts = masked_counts(cfg.mask, cfg.model.tokens, cfg.seed, batch.places, cfg.train.batch)
+            order = draws.permutation(cfg.seed, Stream.MASK_ORDER, batch.index, cfg.model.tokens)
+        by_length = sorted(range(len(counts)), key=counts.__getitem__)
+        return batch.select(by_length), Masking.from_order(order[by_length], [counts[i] for i in by_length])
+
+    def _tokens(self, batch: Batch) -> Tensor:
+        """x_c: a fresh posterior sample of each image's latents, normalised, as tokens [B, N, C]."""
+        assert batch.moments is not None
+        mean, std = posterior(batch.moments)
+        noise = draws.normal(self.cfg.seed, Stream.POSTERIOR, batch.index, *mean.shape[1:])
+        return patchify(self.norm.normalise(mean + std * noise), self.cfg.model.patch)
+
+    def _codes(self, batch: Batch, masking: Masking, epoch: float) -> tuple[Tensor | None, float, Tensor]:
+        """The discrete tokens that guide (Eqs. 10-12), λ, and the share of masked positions that got a drawn token."""
+        cfg, seed = self.cfg, self.cfg.seed
+        share = ground_truth_share(cfg.ti_mix, epoch)
+        nothing = torch.zeros(2, device=batch.labels.device)
+        if cfg.model.guidance == "none":
+            return None, share, nothing
+        assert batch.codes is not None
+        codes, generated = batch.codes, nothing
+        if share < 1:
+            rho = draws.uniform(seed, Stream.RHO, batch.index, cfg.model.tokens)
+            codes = ti_mix(codes, self._drawn(batch, masking), masking.masked, rho, share)
+            generated = torch.stack([(masking.masked & (rho >= share)).sum(), masking.masked.sum()]).float()
+        if cfg.model.guidance_drop_prob > 0:
+            drop = draws.uniform(seed, Stream.CODE_DROP, batch.index, 1) < cfg.model.guidance_drop_prob
+            codes = codes.masked_fill(drop, -1)
+        return codes, share, generated
+
+    def _drawn(self, batch: Batch, masking: Masking) -> Tensor:
+        if batch.drawn is not None:
+            return batch.drawn.codes
+        assert self.prior is not None and batch.codes is not None
+        u = None
+        if self.cfg.ti_mix.draw == "sample":
+            shape = (self.cfg.model.tokens, self.prior.config.splits)
+            u = draws.uniform(self.cfg.seed, Stream.PRIOR_FILL, batch.index, *shape)
+        return fill(self.prior, batch.codes, masking.masked, batch.labels, u)
+
+    def preview(self, model: nn.Module) -> Tensor | None:
+        if self._missing():
+            return None
+        seeds = torch.arange(32)
+        return self._pipeline(model)(seeds % self.cfg.data.classes, seeds)
+
+    def export(self, model: nn.Module, folder: Path, about: dict[str, Any]) -> None:
+        if missing := self._missing():
+            log.info("the export leaves out %s: the config names no weights of it", ", ".join(missing))
+            latents = {"mean": self.norm.mean.tolist(), "std": self.norm.std.tolist()}
+            section = to_dict(self.cfg.model)
+            write_export(
+                folder, "mixar", section, model.state_dict(), latents=latents, sample=to_dict(self.cfg.sample), **about
+            )
+        else:
+            self._pipeline(model).save_pretrained(folder, **about)
+
+    def _missing(self) -> list[str]:
+        """The frozen networks that sampling needs and the config names no weights for."""
+        needed = ["vae"] if self.cfg.model.guidance == "none" else ["vae", "tokenizer", "prior"]
+        return [name for name in needed if getattr(self.cfg, name).weights is None]
+
+    def _pipeline(self, model: nn.Module) -> MixARPipeline:
+        assert isinstance(model, MixAR)
+        cfg, trust = self.cfg, self.cfg.trust_pickle
+        vae, tokenizer, prior = load_vae(cfg.vae, trust), None, None
+        if cfg.model.guidance != "none":
+            tokenizer = load_tokenizer(cfg.tokenizer, trust)
+            prior = self.prior or load_prior(cfg.prior, trust)
+        return MixARPipeline(model, vae, self.norm, prior, tokenizer, cfg.sample, next(model.parameters()).device)

@@ -1,0 +1,56 @@
+"""Training the discrete prior: MaskBit's masked cross-entropy on the tokens of the shards."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixar import draws
+from mixar.codecs import load_tokenizer
+from mixar.config import Config, to_dict
+from mixar.data.batch import Batch
+from mixar.draws import Stream
+from mixar.objectives.base import Scalars, mean_of
+from mixar.prior import Prior, keyed_draws, masked_loss, sample_codes, split_ids, training_mask
+from mixar.weights import write_export
+
+
+class PriorObjective:
+    """LFQBert's loss, every draw keyed by the sample's global index."""
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+        self.tokenizer = None if cfg.tokenizer.weights is None else load_tokenizer(cfg.tokenizer, cfg.trust_pickle)
+
+    def build(self) -> nn.Module:
+        torch.manual_seed(self.cfg.seed)
+        return Prior(self.cfg.prior)
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        return True  # MaskBit decays everything
+
+    def loss(self, model: nn.Module, batch: Batch, epoch: float) -> tuple[Tensor, Scalars]:
+        assert batch.codes is not None
+        cfg, seed = self.cfg.prior, self.cfg.seed
+        targets = split_ids(batch.codes, cfg.bits, cfg.splits)
+        ratio = draws.uniform(seed, Stream.PRIOR_RATIO, batch.index, 1)[:, 0]
+        where = draws.uniform(seed, Stream.PRIOR_MASK, batch.index, *targets.shape[1:])
+        drop = draws.uniform(seed, Stream.CLASS_DROP, batch.index, 1)[:, 0] < cfg.class_drop_prob
+        tokens, masked = training_mask(targets, ratio, where, 2 ** (cfg.bits // cfg.splits))
+        loss, masked_only = masked_loss(model(tokens, batch.labels, drop), targets, masked, cfg.label_smoothing)
+        return loss, {"loss": mean_of(loss), "loss/masked": mean_of(masked_only)}
+
+    @torch.no_grad()
+    def preview(self, model: nn.Module) -> Tensor | None:
+        if self.tokenizer is None:
+            return None
+        assert isinstance(model, Prior)
+        device = next(model.parameters()).device
+        seeds = torch.arange(32, device=device)
+        u, gumbel = keyed_draws(seeds, self.cfg.prior.grid**2, self.cfg.prior.splits)
+        codes = sample_codes(model, seeds % self.cfg.data.classes, self.cfg.sample, u, gumbel)
+        return (self.tokenizer.to(device).decode(codes).float().clamp(0, 1) * 255).byte().cpu()
+
+    def export(self, model: nn.Module, folder: Path, about: dict[str, Any]) -> None:
+        write_export(folder, "prior", to_dict(self.cfg.prior) | {"weights": None}, model.state_dict(), **about)

@@ -1,0 +1,48 @@
+"""The discrete prior g_M: MaskBit's generator, its training loss, and drawing codes from it."""
+
+import torch
+
+from mixar.config import PriorConfig, section_from_dict
+from mixar.errors import UserError
+from mixar.prior.lfqbert import Prior
+from mixar.prior.loss import masked_loss, training_mask
+from mixar.prior.sampling import fill, keyed_draws, sample_codes
+from mixar.prior.tokens import combine_ids, split_ids
+from mixar.weights import is_export, load_strict, read_export, read_public
+
+__all__ = [
+    "Prior",
+    "combine_ids",
+    "fill",
+    "keyed_draws",
+    "load_prior",
+    "masked_loss",
+    "sample_codes",
+    "split_ids",
+    "training_mask",
+]
+
+
+def load_prior(cfg: PriorConfig, trust_pickle: bool = False) -> Prior:
+    """The frozen prior at `cfg.weights`, in eval mode on the CPU.
+
+    An export folder brings its own geometry; a public checkpoint must fit the one of `cfg`.
+
+    Raises:
+        UserError: no weights given, or a file that is missing, of another kind or of another geometry.
+    """
+    path = cfg.weights
+    if path is None:
+        raise UserError(
+            "the discrete prior has no weights: write prior.weights=<folder of an exported prior> "
+            "or prior.weights=<path of MaskBit's maskbit_generator_14bit.bin>"
+        )
+    if is_export(path):
+        saved, state = read_export(path, "prior")
+        cfg = section_from_dict(PriorConfig, saved["config"], path)
+    else:
+        state = read_public(path, "generator", trust_pickle)
+    with torch.device("meta"):  # it takes the memory of the file's tensors, so none is initialised first
+        prior = Prior(cfg)
+    load_strict(prior, state, path)
+    return prior.eval().requires_grad_(False)

@@ -1,0 +1,234 @@
+"""From labels and seeds to images: the released model as one object."""
+
+import copy
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mixar.codecs import VAE, LatentNorm, Tokenizer, load_tokenizer, load_vae, to_uint8
+from mixar.config import ModelConfig, PriorConfig, SampleConfig, TokenizerConfig, VAEConfig, section_from_dict, to_dict
+from mixar.dist import fast_precision
+from mixar.errors import UserError
+from mixar.model import MixAR, unpatchify
+from mixar.prior import Prior, keyed_draws, load_prior, sample_codes
+from mixar.sampling.autoregressive import sample_tokens
+from mixar.weights import is_export, load_strict, read_export, write_export
+
+
+class MixARPipeline:
+    """Generates images: discrete tokens from the prior, continuous tokens from the model, pixels from the VAE.
+
+    Args:
+        model: MixAR with its EMA weights.
+        norm: the latents' normalisation.
+        prior, tokenizer: the discrete side; None for `guidance: none`.
+        settings: sampling defaults.
+        device: by default an accelerator where there is one.
+        precision: `bf16` or `fp32`, of the model and the prior; by default the faster one of the device. The codecs
+            decode in float32.
+    """
+
+    def __init__(
+        self, model: MixAR, vae: VAE, norm: LatentNorm, prior: Prior | None, tokenizer: Tokenizer | None,
+        settings: SampleConfig, device: torch.device | str | None = None, precision: str | None = None,
+    ) -> None:  # fmt: skip
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.precision = precision or fast_precision(self.device)
+        self.settings = settings
+        self.norm = norm
+        self.model = model.to(self.device).eval()
+        self.vae = vae.to(self.device)
+        self.prior = None if prior is None else prior.to(self.device)
+        self.tokenizer = None if tokenizer is None else tokenizer.to(self.device)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, device: torch.device | str | None = None, precision: str | None = None
+    ) -> "MixARPipeline":
+        """The pipeline that `mixar export` wrote, or the newest export of a run directory.
+
+        Raises:
+            UserError: no export there, or one that is torn, of another kind or without the codecs and the prior.
+        """
+        folder = find_export(Path(path))
+        about, state = read_export(folder, "mixar")
+        cfg = section_from_dict(ModelConfig, about["config"], str(folder / "config.json"))
+        guided = cfg.guidance != "none"
+        needed = ["vae", "tokenizer", "prior"] if guided else ["vae"]
+        missing = [kind for kind in needed if not is_export(folder / kind)]
+        if missing:
+            raise UserError(
+                f"{folder} was exported without {', '.join(missing)}: name the weights of each, "
+                f"mixar export RUN {' '.join(f'{kind}.weights=PATH' for kind in missing)} --out FOLDER"
+            )
+        with torch.device("meta"):  # the weights come from the file, so none are drawn
+            model = MixAR(cfg)
+        load_strict(model, state, folder)
+        return cls(
+            model,
+            load_vae(VAEConfig(weights=str(folder / "vae"))),
+            LatentNorm(torch.tensor(about["latents"]["mean"]), torch.tensor(about["latents"]["std"])),
+            load_prior(PriorConfig(weights=str(folder / "prior"))) if guided else None,
+            load_tokenizer(TokenizerConfig(weights=str(folder / "tokenizer"))) if guided else None,
+            section_from_dict(SampleConfig, about["sample"], str(folder / "config.json")),
+            device,
+            precision,
+        )
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks there are, by name: model, vae, tokenizer, prior."""
+        every = {"model": self.model, "vae": self.vae, "tokenizer": self.tokenizer, "prior": self.prior}
+        return {name: network for name, network in every.items() if network is not None}
+
+    def save_pretrained(self, path: str | Path, **about: Any) -> Path:
+        """Write model, codecs and prior as one folder of safetensors with a config.json each.
+
+        Args:
+            about: further entries of config.json, such as the images seen.
+
+        Raises:
+            UserError: the folder exists.
+        """
+        folder = Path(path)
+        if folder.exists():
+            raise UserError(f"{folder} exists: remove it, or export to another folder with --out")
+        aside = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        about |= {"latents": {"mean": self.norm.mean.tolist(), "std": self.norm.std.tolist()}}
+        write_export(
+            aside, "mixar", to_dict(self.model.config), self.model.state_dict(), sample=to_dict(self.settings), **about
+        )
+        for kind, network in (("vae", self.vae), ("tokenizer", self.tokenizer), ("prior", self.prior)):
+            if network is not None:  # where its weights once lay means nothing to who gets the folder
+                write_export(aside / kind, kind, to_dict(network.config) | {"weights": None}, network.state_dict())
+        aside.rename(folder)
+        return folder
+
+    def with_settings(self, **changes: Any) -> "MixARPipeline":
+        """The same networks under other settings of `SampleConfig`, such as guidance=2.0."""
+        other = copy.copy(self)
+        other.settings = replace(self.settings, **changes)
+        return other
+
+    def __call__(
+        self, labels: Tensor | Sequence[int], seeds: Tensor | Sequence[int], codes: Tensor | None = None,
+        progress: str | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Images of these classes.
+
+        Args:
+            labels: [B] class indices.
+            seeds: [B], one an image: image i depends on `seeds[i]` alone, not on the batch.
+            codes: discrete tokens [B, N] to go by; by default the prior draws them.
+            progress: the caption of a progress bar; None shows none.
+
+        Returns:
+            uint8 [B, 3, H, W].
+
+        Raises:
+            UserError: labels out of range, not as many seeds as labels, or settings that this model cannot follow.
+        """
+        return torch.cat(list(self.stream(labels, seeds, codes, progress)))
+
+    def stream(
+        self, labels: Tensor | Sequence[int], seeds: Tensor | Sequence[int], codes: Tensor | None = None,
+        progress: str | None = None,
+    ) -> Iterator[Tensor]:  # fmt: skip
+        """What a call returns, `settings.batch` images at a time and in constant memory."""
+        labels, seeds = self._checked(labels, seeds)
+        for rows in self._batches(len(labels), progress):
+            some_labels, some_seeds = labels[rows].to(self.device), seeds[rows].to(self.device)
+            some_codes = None if codes is None else codes[rows].to(self.device)
+            if some_codes is None and self.prior is not None:
+                some_codes = self._draw_codes(self.prior, some_labels, some_seeds)
+            yield self._decode(self._draw_tokens(some_labels, some_seeds, some_codes))
+
+    def sample_codes(
+        self, labels: Tensor | Sequence[int], seeds: Tensor | Sequence[int], progress: str | None = None
+    ) -> Tensor:
+        """The prior's discrete tokens x̂_d alone, int64 [B, N] on the CPU: those that a call of these seeds goes by.
+
+        Raises:
+            UserError: as a call, or a model without discrete guidance.
+        """
+        if self.prior is None:
+            raise UserError("this model has guidance none: it samples without discrete tokens, drop the prior")
+        labels, seeds = self._checked(labels, seeds)
+        batches = self._batches(len(labels), progress)
+        draw = self._draw_codes
+        return torch.cat([draw(self.prior, labels[b].to(self.device), seeds[b].to(self.device)).cpu() for b in batches])
+
+    @torch.no_grad()
+    def decode_codes(self, codes: Tensor) -> Tensor:
+        """Discrete tokens [B, N] through their own tokenizer: uint8 [B, 3, H, W]."""
+        assert self.tokenizer is not None, "decoding discrete tokens needs the tokenizer"
+        images = [self.tokenizer.decode(codes[b].to(self.device)).float().cpu() for b in self._batches(len(codes))]
+        return (torch.cat(images).clamp(0, 1) * 255).byte()  # MaskBit truncates
+
+    def _batches(self, count: int, progress: str | None = None) -> Iterator[slice]:
+        with tqdm(total=count, desc=progress, unit="image", disable=progress is None) as bar:
+            for start in range(0, count, self.settings.batch):
+                rows = slice(start, min(start + self.settings.batch, count))
+                yield rows
+                bar.update(rows.stop - rows.start)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def _draw_codes(self, prior: Prior, labels: Tensor, seeds: Tensor) -> Tensor:
+        u, gumbel = keyed_draws(seeds, prior.config.grid**2, prior.config.splits)
+        with self._autocast():
+            return sample_codes(prior, labels, self.settings, u, gumbel)
+
+    def _draw_tokens(self, labels: Tensor, seeds: Tensor, codes: Tensor | None) -> Tensor:
+        s = self.settings
+        with self._autocast():
+            return sample_tokens(
+                self.model, labels, codes, seeds, steps=s.steps, diffusion_steps=s.diffusion_steps,
+                diffusion_start=s.diffusion_start, guidance=s.guidance, guidance_schedule=s.guidance_schedule,
+                temperature=s.temperature,
+            )  # fmt: skip
+
+    @torch.no_grad()
+    def _decode(self, tokens: Tensor) -> Tensor:
+        latents = self.norm.denormalise(unpatchify(tokens, self.model.config.patch))
+        return rearrange(to_uint8(self.vae.decode(latents)), "b h w c -> b c h w").cpu()
+
+    def _checked(self, labels: Tensor | Sequence[int], seeds: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
+        labels, seeds = torch.as_tensor(labels), torch.as_tensor(seeds)
+        classes = self.model.config.classes
+        if labels.ndim != 1 or labels.shape != seeds.shape:
+            shapes = f"{list(labels.shape)} labels and {list(seeds.shape)} seeds"
+            raise UserError(f"{shapes} were given: give one list of both, with one seed a label")
+        if len(labels) == 0 or labels.min() < 0 or labels.max() >= classes:
+            raise UserError(f"labels must lie in 0..{classes - 1}, given: {sorted(set(labels.tolist()))[:10]}")
+        if self.prior is not None:
+            most, steps = self.prior.config.grid**2 * self.prior.config.splits, self.settings.prior_steps
+            if steps > most:  # there MaskBit's loop masks everything again
+                raise UserError(f"{steps} prior steps exceed the {most} sub-tokens of an image: take {most} or fewer")
+        return labels, seeds
+
+
+def find_export(path: Path) -> Path:
+    """`path` itself where it is an export, else the newest below `path/exports`.
+
+    Raises:
+        UserError: neither is there.
+    """
+    if is_export(path):
+        return path
+    found = [file.parent for file in path.glob("exports/[0-9]*-ema/config.json")]
+    if not found:
+        raise UserError(
+            f"no export at {path}: give a folder with config.json and model.safetensors, or a run directory; "
+            f"`mixar export {path}` makes one of a run's newest checkpoint"
+        )
+    return max(found, key=lambda folder: int(folder.name.removesuffix("-ema")))

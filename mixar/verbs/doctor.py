@@ -1,0 +1,184 @@
+"""Is this machine ready: versions, devices, memory, compilers; with a config also its folders and shards.
+
+    mixar doctor [CONFIG] [key=value ...]
+
+A line is `ok`, a `note` (it works, within the limit told), or `bad` (it will fail).
+"""
+
+import argparse
+import importlib
+import importlib.util
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from mixar import __version__, dist
+from mixar.config import Config, load_config
+from mixar.data.manifest import MANIFEST, check_manifest, read_manifest
+from mixar.errors import UserError
+
+
+class Finding(NamedTuple):
+    """What a check found; `status` is ok, note or bad."""
+
+    status: str
+    text: str
+
+
+def examine(cfg: Config | None) -> Iterator[Finding]:
+    """All checks, those of folders and shards only with a config."""
+    yield Finding("ok", f"mixar {__version__}, python {platform.python_version()}")
+    yield from versions()
+    yield accelerator("flash_attn", "flash_attn_func", "attention runs in torch's own kernels")
+    # PyPI's apex is a web toolkit; NVIDIA's is built from source
+    yield accelerator("apex.optimizers", "FusedAdam", "AdamW runs in torch's own fused kernel")
+    yield from devices(cfg)
+    yield shared_memory()
+    yield from compilers()
+    if cfg is not None:
+        yield writable("run_dir", cfg.run_dir)
+        if cfg.task in ("prior", "mixar"):
+            yield shards(cfg)
+
+
+def versions() -> Iterator[Finding]:
+    """The required packages, against the ranges that mixar and they themselves ask of one another."""
+    try:
+        direct = {r.name: _version(r.name) for r in _requirements("mixar")}
+    except metadata.PackageNotFoundError:
+        yield Finding("note", "mixar is not installed, so versions are not checked: write pip install -e .")
+        return
+    askers = ["mixar", *(name for name, version in direct.items() if version is not None)]
+    asked = [(asker, requirement) for asker in askers for requirement in _requirements(asker)]
+    for name, version in direct.items():
+        wanted = [(asker, r) for asker, r in asked if canonicalize_name(r.name) == canonicalize_name(name)]
+        refused = [(asker, r) for asker, r in wanted if version is None or not r.specifier.contains(version, True)]
+        if refused:
+            told = ", ".join(f"{asker} needs {r.name}{r.specifier}" for asker, r in refused)
+            ranges = ",".join(sorted({str(r.specifier) for _, r in refused if r.specifier}))
+            found = f"{name} {version}" if version else f"{name} is missing"
+            yield Finding("bad", f"{found}: {told}; write pip install '{name}{ranges}'")
+        else:
+            yield Finding("ok", f"{name} {version}")
+
+
+def accelerator(module: str, name: str, without: str) -> Finding:
+    """An optional package, which counts only where it can be imported and holds what it is known for."""
+    package = module.partition(".")[0]
+    if importlib.util.find_spec(package) is None:
+        return Finding("note", f"{package} (optional) is not installed: {without}")
+    try:
+        getattr(importlib.import_module(module), name)
+    except Exception as error:  # a build for another torch or card fails in ways of its own
+        reason = " ".join(str(error).split())
+        return Finding("note", f"{package} (optional) is broken or another package of that name ({reason}): {without}")
+    return Finding("ok", f"{package} with {name}")
+
+
+def devices(cfg: Config | None) -> Iterator[Finding]:
+    """GPUs, bf16, threads."""
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        yield Finding("ok", f"GPU {index}: {card.name}, {card.total_memory / 2**30:.0f} GiB")
+    device = dist.device()
+    if device.type == "cpu":
+        build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU alone"
+        yield Finding("note", f"torch, built for {build}, sees no GPU: everything runs on the CPU")
+    if dist.fast_precision(device) == "bf16":
+        yield Finding("ok", f"bf16 is native on this {device.type}")
+    elif cfg is not None and cfg.train.precision == "fp32":
+        yield Finding("ok", f"fp32, for bf16 is not native on this {device.type}")
+    else:
+        yield Finding("note", f"bf16 is not native on this {device.type} and slow: write train.precision=fp32")
+    threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+    if threads > cores:
+        yield Finding("note", f"{threads} threads on {cores} cores: write OMP_NUM_THREADS={cores} before the command")
+    else:
+        yield Finding("ok", f"{threads} threads on {cores} cores")
+
+
+def shared_memory() -> Finding:
+    """/dev/shm, through which loader processes hand over their batches."""
+    try:
+        free = shutil.disk_usage("/dev/shm").free / 2**30
+    except OSError:
+        return Finding("note", "no /dev/shm: write data.workers=0")
+    if free < 1:
+        return Finding("note", f"/dev/shm has {free:.2f} GiB free, little for loaders: write data.workers=0, or start "
+                               "the container with --shm-size=8g")  # fmt: skip
+    return Finding("ok", f"/dev/shm has {free:.0f} GiB free")
+
+
+def compilers() -> Iterator[Finding]:
+    """What builds the custom operators."""
+    for name in ("g++", "nvcc"):
+        if path := shutil.which(name):
+            yield Finding("ok", f"{name} at {path}")
+        else:
+            yield Finding("note", f"no {name}: operators run in plain PyTorch")
+
+
+def writable(key: str, folder: str) -> Finding:
+    """Whether `folder` can be made and written to, tried with a file in its nearest parent that exists."""
+    parent = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            free = shutil.disk_usage(parent).free / 2**30
+    except OSError as error:
+        return Finding("bad", f"{key}={folder} cannot be written ({error.strerror}): write {key}=<a folder you own>")
+    return Finding("ok", f"{key}={folder} can be written, {free:.0f} GiB free")
+
+
+def shards(cfg: Config) -> Finding:
+    """Finished shards against the config, or else whether they can be made."""
+    place = cfg.data.shards
+    if ":/" not in place and not Path(place, MANIFEST).is_file():
+        folder = writable("data.shards", place)
+        return folder if folder.status == "bad" else Finding("note", f"{folder.text}, and waits for mixar prepare")
+    try:
+        manifest = read_manifest(place, cfg.data.cache)
+        check_manifest(manifest, cfg)
+    except UserError as error:
+        return Finding("bad", str(error))
+    return Finding("ok", f"shards in {place} fit the config: {manifest.count} images, {len(manifest.classes)} classes")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("given", nargs="*", metavar="CONFIG key=value", help="a run to check for, both parts optional")
+
+
+def run(args: argparse.Namespace) -> None:
+    files = [text for text in args.given if "=" not in text]
+    if len(files) > 1:
+        raise UserError(f"several configs were given ({', '.join(files)}): write one")
+    overrides = [text for text in args.given if "=" in text]
+    cfg = load_config(files[0] if files else None, overrides) if args.given else None
+    findings = []
+    for finding in examine(cfg):
+        print(f"{finding.status:<4}  {finding.text}", flush=True)
+        findings.append(finding)
+    bad = sum(finding.status == "bad" for finding in findings)
+    if bad:
+        raise UserError(f"{bad} of {len(findings)} checks are bad: mend what the lines that start with `bad` tell")
+
+
+def _requirements(name: str) -> list[Requirement]:
+    """What an installed package requires here, without extras."""
+    parsed = [Requirement(text) for text in metadata.requires(name) or []]
+    return [r for r in parsed if r.marker is None or r.marker.evaluate({"extra": ""})]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

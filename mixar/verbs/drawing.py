@@ -1,0 +1,197 @@
+"""What `sample` and `evaluate` share: the sampling flags, and a folder of samples that says how it was drawn."""
+
+import argparse
+import json
+import os
+from dataclasses import dataclass, replace
+from itertools import chain, cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from PIL import Image
+
+from mixar.config import PRECISIONS, load_config, to_dict
+from mixar.errors import UserError
+from mixar.evaluation.files import replacing
+from mixar.evaluation.images import write_npz
+from mixar.model import Diffusion
+from mixar.sampling import MixARPipeline, find_export
+from mixar.weights import fingerprint, is_export
+
+RECORD = "sampling.json"
+NPZ = "samples.npz"
+_FLAGS: dict[str, tuple[type, str]] = {
+    "seed": (int, "of the first image: image i has seed + i, and depends on that alone"),
+    "steps": (int, "autoregressive steps"),
+    "diffusion_steps": (str, "denoising steps of a token: 100, ddim50, or 10,5"),
+    "diffusion_start": (int, "training step that denoising starts from, 999 or below"),
+    "guidance": (float, "classifier-free guidance; 1 is none"),
+    "temperature": (float, "of the denoising noise"),
+    "prior_steps": (int, "steps of the discrete prior"),
+    "prior_guidance": (float, "guidance of the discrete prior; 0 is none"),
+    "batch": (int, "images at a time; it changes the speed only"),
+}
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser, count: str) -> None:
+    """Add the flags that `Drawing.of` reads; `count` says how many are drawn without --count."""
+    parser.add_argument("--labels", help="classes to draw in turn, such as 3,7,7 or 0-9 (default: all)")
+    parser.add_argument("--count", type=int, help=f"images (default: {count})")
+    for name, (kind, about) in _FLAGS.items():
+        parser.add_argument(_flag(name), type=kind, help=f"{about} (default: the export's)")
+    parser.add_argument("--precision", choices=PRECISIONS, help="default: the faster one of the device")
+
+
+def sampling_flags(args: argparse.Namespace) -> list[str]:
+    """Those of the sampling flags that are given."""
+    return [_flag(name) for name in ("labels", "count", "precision", *_FLAGS) if getattr(args, name) is not None]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Samples to draw: `count` images of the classes `turn` in turn, seeds one after the other.
+
+    Attributes:
+        path: of the run directory or the export.
+        pipeline: with the settings to draw by.
+        name: of the folder; drawings that differ in what was asked for have different names.
+    """
+
+    path: Path
+    pipeline: MixARPipeline
+    turn: list[int]
+    count: int
+    name: str
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, count: int | None = None) -> "Drawing":
+        """What the flags ask for; by default `count` images, or one of each class in turn where that is None.
+
+        Raises:
+            UserError: no export at `args.path`, or a flag that cannot be followed.
+        """
+        if args.count is not None and args.count < 1:
+            raise UserError(f"--count {args.count} draws nothing: write --count 1 or more")
+        given = {name: getattr(args, name) for name in _FLAGS if getattr(args, name) is not None}
+        for name, value in given.items():
+            check_setting(name, value)
+        turn = None if args.labels is None else parse_labels(args.labels)
+        pipeline = MixARPipeline.from_pretrained(args.path, precision=args.precision).with_settings(**given)
+        turn = turn or list(range(pipeline.model.config.classes))
+        count = args.count or count or len(turn)
+        parts = [f"{pipeline.settings.seed}-{count}", *([f"labels-{args.labels}"] if args.labels else [])]
+        parts += [f"{name}-{value}" for name, value in given.items() if name not in ("seed", "batch")]
+        return cls(Path(args.path), pipeline, turn, count, "-".join(parts))
+
+    def with_guidance(self, guidance: float) -> "Drawing":
+        """The same images under another guidance."""
+        check_setting("guidance", guidance)
+        pipeline = self.pipeline.with_settings(guidance=guidance)
+        return replace(self, pipeline=pipeline, name=f"{self.name}-guidance-{guidance}")
+
+    @property
+    def folder(self) -> Path:
+        """Where the samples lie by default."""
+        return place(self.path, "samples") / self.name
+
+    @property
+    def labels(self) -> list[int]:
+        """One an image."""
+        return list(islice(cycle(self.turn), self.count))
+
+    @property
+    def seeds(self) -> list[int]:
+        """One an image."""
+        first = self.pipeline.settings.seed
+        return list(range(first, first + self.count))
+
+    def write(self, folder: Path) -> list[Path]:
+        """Draw those of the PNGs `<seed>-<label>.png` that `folder` does not hold yet; returns all, in order of seed.
+
+        Raises:
+            UserError: nothing can be written there, or the folder holds samples that were drawn otherwise.
+        """
+        self._claim(folder)
+        files = [folder / f"{seed}-{label}.png" for seed, label in zip(self.seeds, self.labels)]
+        missing = [i for i, file in enumerate(files) if not file.exists()]
+        if missing:
+            labels, seeds = [self.labels[i] for i in missing], [self.seeds[i] for i in missing]
+            images = chain.from_iterable(self.pipeline.stream(labels, seeds, progress="samples"))
+            for image, i in zip(images, missing):
+                with replacing(files[i]) as part:
+                    Image.fromarray(rearrange(image, "c h w -> h w c").numpy()).save(part, "PNG")
+        return files
+
+    def write_npz(self, folder: Path) -> Path:
+        """Draw all into an npz of ADM's form, whole or not at all. Otherwise as `write`."""
+        self._claim(folder)
+        file = folder / NPZ
+        if not file.exists():
+            images = self.pipeline.stream(self.labels, self.seeds, progress="samples")
+            write_npz(file, images, self.count, torch.tensor(self.labels))
+        return file
+
+    def _claim(self, folder: Path) -> None:
+        """Write down how the samples in `folder` are drawn, unless it holds others."""
+        networks = self.pipeline.networks.items()
+        record = {
+            "export": str(find_export(self.path)),
+            "weights": {name: fingerprint(network.state_dict()) for name, network in networks},
+            "dtype": self.pipeline.precision,
+            "labels": self.turn,
+            "count": self.count,
+            "sampling": {name: value for name, value in to_dict(self.pipeline.settings).items() if name != "batch"},
+        }
+        before = read_record(folder) or record
+        other = [key for key in record if before.get(key) != record[key]]
+        if other and (any(folder.glob("*.png")) or (folder / NPZ).exists()):
+            raise UserError(
+                f"{folder} holds samples of other {', '.join(other)}: remove it, or draw into another folder with "
+                "`mixar sample --out`"
+            )
+        with replacing(folder / RECORD) as part:
+            part.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def read_record(samples: Path) -> dict[str, Any] | None:
+    """How the samples in a folder, or in the npz of one, were drawn; None where nothing says so."""
+    file = (samples if samples.is_dir() else samples.parent) / RECORD
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def place(path: Path, kind: str) -> Path:
+    """Where what is made from `path` lies: inside a run directory, but beside an export."""
+    whole = Path(os.path.abspath(path))  # '.' has no name
+    return whole.with_name(f"{whole.name}-{kind}") if is_export(path) else path / kind
+
+
+def parse_labels(text: str) -> list[int]:
+    """`3,7,7` and `0-9` as class indices.
+
+    Raises:
+        UserError: neither.
+    """
+    try:
+        ends = [part.partition("-") for part in text.split(",")]
+        labels = [label for first, _, last in ends for label in range(int(first), int(last or first) + 1)]
+    except ValueError:
+        labels = []
+    if not labels:
+        raise UserError(f"--labels {text} names no classes: write such as --labels 3,7,7 or --labels 0-9")
+    return labels
+
+
+def check_setting(name: str, value: Any) -> None:
+    """UserError, naming the flag, where `value` is out of the range that a config's `sample.<name>` has."""
+    try:
+        load_config(None, ["task=vae", f"sample.{name}={value}"])  # of a vae: the model's own limits are not known here
+        if name == "diffusion_steps":
+            Diffusion(value)
+    except UserError as error:
+        raise UserError(str(error).replace(f"sample.{name}=", f"{_flag(name)} ")) from None
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,73 @@
+"""Write the EMA weights of a run's newest checkpoint as a release: safetensors, config.json, codecs and prior.
+
+    mixar export runs/mixar_l
+    mixar export runs/mixar_l vae.weights=PATH tokenizer.weights=PATH prior.weights=PATH --out release
+    mixar export configs/mar_b.yaml vae.weights=kl16.ckpt --weights mar_base/checkpoint-last.pth --out mar_b
+
+The last one turns a public MAR checkpoint into a release to sample from. A run may be training meanwhile. Codecs and
+prior are included where the config, or a key=value here, names them.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from mixar.checkpoint import complete_checkpoints, export_path, load_ema
+from mixar.config import Config, load_config
+from mixar.dist import Place
+from mixar.errors import UserError
+from mixar.model import MixAR
+from mixar.objectives import MixARObjective
+from mixar.train import build_objective, latent_norm, open_source
+from mixar.weights import load_strict, read_public
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run directory; with --weights the config of those weights")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as vae.weights=PATH")
+    parser.add_argument("--weights", metavar="FILE", help="a public MAR checkpoint, in place of a run's")
+    parser.add_argument("--trust-pickle", action="store_true", help="read checkpoints that hold more than tensors")
+    parser.add_argument("--out", metavar="DIR", help="default: RUN/exports/<images>-ema")
+
+
+def run(args: argparse.Namespace) -> None:
+    overrides = args.overrides + ["trust_pickle=true"] * args.trust_pickle
+    if args.weights is not None:
+        release_public(load_config(args.run, overrides), args.weights, args.out)
+        return
+    run_dir = Path(args.run)
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"no run at {run_dir}: give the run_dir of a training, the folder with config.yaml")
+    checkpoints = complete_checkpoints(run_dir)
+    if not checkpoints:
+        raise UserError(f"no complete checkpoint in {run_dir}: `mixar train {run_dir}/config.yaml` goes on until one")
+    images = int(checkpoints[-1].name)
+    out = Path(args.out) if args.out else export_path(run_dir, images)
+    if out.exists() and args.out is None:
+        print(f"the run has this export already: {out}")
+        return
+    cfg = load_config(run_dir / "config.yaml", overrides)
+    source = open_source(cfg)
+    objective = build_objective(cfg, source, Place(rank=0, world=1, device=torch.device("cpu")))
+    model = objective.build()
+    load_ema(checkpoints[-1], model)
+    about = {"images": images, "epochs": images / sum(source.shard_sizes), "weights": "ema"}
+    objective.export(model.eval(), out, about)
+    print(f"the EMA weights after {images} images: {out}")
+
+
+def release_public(cfg: Config, weights: str, out: str | None) -> None:
+    """A public MAR checkpoint, of `cfg`'s geometry, as an export.
+
+    Raises:
+        UserError: no --out, or weights that do not fit the config key for key.
+    """
+    if out is None:
+        raise UserError(f"--weights {weights} belongs to no run: name the release's folder with --out DIR")
+    objective = MixARObjective(cfg, latent_norm(cfg), torch.device("cpu"))
+    with torch.device("meta"):  # the weights come from the file, so none are drawn
+        model = MixAR(cfg.model)
+    load_strict(model, read_public(weights, "mar", cfg.trust_pickle), weights)
+    objective.export(model.eval(), Path(out), {"weights": Path(weights).name})
+    print(f"the weights of {weights}: {out}")

@@ -1,0 +1,243 @@
+"""Weights on disk: public checkpoints, read strictly, and the exports that this package writes.
+
+An export is a folder of `model.safetensors` and `config.json`, which holds the kind of network and its geometry.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mixar import __version__
+from mixar.errors import UserError
+
+State = dict[str, Tensor]
+
+PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+_CODEC = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+_SHOWN = 5  # names listed of each fault; a wrong file has hundreds
+
+
+@dataclass(frozen=True)
+class Published:
+    """How a public checkpoint differs from the module's own state dict."""
+
+    nesting: tuple[str, ...] = ()  # keys that the state dict may lie under, the preferred one first
+    keep: tuple[str, ...] = ("",)  # prefixes of the keys to keep; the empty one keeps all
+    rename: dict[str, str] = field(default_factory=dict)  # old prefix -> new prefix
+
+
+PUBLIC = {
+    "mar": Published(nesting=("model_ema", "model")),
+    "generator": Published(rename={"token_emb": "input_proj"}),  # an older name
+    "tokenizer": Published(),
+    # VA-VAE lies under state_dict or flat, KL-16 under model; either may bring its discriminator and DINOv2 along
+    "vae": Published(nesting=("state_dict", "model"), keep=_CODEC),
+}
+
+
+def read_state(path: str | Path, nesting: tuple[str, ...] = (), trust_pickle: bool = False) -> State:
+    """The state dict of a .safetensors file or of a torch pickle, on the CPU.
+
+    Args:
+        path: the file.
+        nesting: keys that the state dict may lie under, the preferred one first; without any of them it is flat.
+        trust_pickle: run the code that a pickle of arbitrary objects contains. Never for a file of unknown origin.
+
+    Raises:
+        UserError: no such file, a folder, an unknown type, a broken file, a pickle that needs trust, no weights in it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(
+            f"{path} is a folder without the config.json and model.safetensors of an export: "
+            "name an export folder or a checkpoint file"
+        )
+    if not path.is_file():
+        raise UserError(f"no weights at {path}: name an export folder or a checkpoint file")
+    content: Any
+    if path.suffix == ".safetensors":
+        content = _read_safetensors(path)
+    elif path.suffix in PICKLES:
+        content = _read_pickle(path, trust_pickle)
+    else:
+        raise UserError(f"{path} is no known type of weights: expected .safetensors, {', '.join(PICKLES)}")
+
+    state: Any = content
+    if isinstance(content, Mapping):
+        state = next((content[key] for key in nesting if isinstance(content.get(key), Mapping)), content)
+    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        found = _some([str(key) for key in state]) if isinstance(state, Mapping) else type(state).__name__
+        places = " or ".join([f"under '{key}'" for key in nesting] + ["at the top"])
+        raise UserError(f"{path} holds no state dict {places}; found: {found}")
+    return dict(state)
+
+
+def read_public(path: str | Path, kind: str, trust_pickle: bool = False) -> State:
+    """The state dict of a public checkpoint of `kind` (a key of `PUBLIC`), under the module's own names.
+
+    Raises:
+        UserError: as `read_state`.
+    """
+    published = PUBLIC[kind]
+    state = read_state(path, published.nesting, trust_pickle)
+    state = {name: value for name, value in state.items() if name.startswith(published.keep)}
+    for old, new in published.rename.items():
+        state = {new + name.removeprefix(old) if name.startswith(old) else name: value for name, value in state.items()}
+    return state
+
+
+def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Load `state` into `module`, key for key, in the module's dtypes; a module on the meta device takes its memory.
+
+    Raises:
+        UserError: missing, extra or misshapen keys, all in one message that names `source`.
+    """
+    own = module.state_dict()
+    faults = {
+        "missing": [name for name in own if name not in state],
+        "unexpected": [name for name in state if name not in own],
+        "misshapen": [
+            f"{name} {list(state[name].shape)} instead of {list(own[name].shape)}"
+            for name in own
+            if name in state and state[name].shape != own[name].shape
+        ],
+    }
+    if any(faults.values()):
+        listing = "; ".join(f"{len(names)} {fault}: {_some(names)}" for fault, names in faults.items() if names)
+        raise UserError(
+            f"{source} does not fit the configured {type(module).__name__}: {listing}. "
+            "Name the weights of this network, or write its geometry into the config"
+        )
+    state = {name: state[name].to(own[name].dtype) for name in own}
+    module.load_state_dict(state, assign=any(value.is_meta for value in own.values()))
+
+
+def load_by_name(module: nn.Module, path: str | Path, tell: Callable[[str], None]) -> None:
+    """Start `module` from other weights: what has the same name and shape is taken, the rest stays as it is.
+
+    Args:
+        path: an export folder, or a checkpoint file of a plain or MAR's nesting.
+        tell: gets one line for what was loaded, left new, misshapen and not used.
+
+    Raises:
+        UserError: as `read_state`, or not one tensor fits.
+    """
+    state = read_state(Path(path) / "model.safetensors") if is_export(path) else read_state(path, PUBLIC["mar"].nesting)
+    own = module.state_dict()
+    fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
+    if not fitting:
+        raise UserError(
+            f"no tensor in {path} has a name and shape of {type(module).__name__}: write init_from=<weights of one>"
+        )
+    module.load_state_dict(fitting, strict=False)
+    report = {
+        "loaded": list(fitting),
+        "new": [name for name in own if name not in state],
+        "of another shape, so new": [name for name in own if name in state and name not in fitting],
+        "not used": [name for name in state if name not in own],
+    }
+    tell(
+        f"init_from {path}: "
+        + "; ".join(f"{len(names)} {what} ({_some(names)})" for what, names in report.items() if names)
+    )
+
+
+def write_export(
+    folder: str | Path, kind: str, config: dict[str, Any], state: Mapping[str, Tensor], **extra: Any
+) -> None:
+    """Write the export `folder`: it appears complete or not at all.
+
+    Args:
+        folder: to be created, with its parents.
+        kind: what the weights are of, such as vae, tokenizer, prior, mixar.
+        config: the network's section(s) of the config, as plain values.
+        state: its state dict, all values from one rank.
+        extra: further entries of config.json.
+
+    Raises:
+        UserError: `folder` exists.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise UserError(f"{folder} exists and an export never overwrites: remove it or name another folder")
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    aside.mkdir(parents=True, exist_ok=True)
+    try:
+        weights = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+        save_file(weights, aside / "model.safetensors")
+        description = {"kind": kind, "version": __version__, "config": config, **extra}
+        (aside / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def is_export(path: str | Path) -> bool:
+    """Whether `path` is a folder with the two files of an export."""
+    return all((Path(path) / name).is_file() for name in ("config.json", "model.safetensors"))
+
+
+def read_export(folder: str | Path, kind: str) -> tuple[dict[str, Any], State]:
+    """The config.json and the state dict of the export `folder`.
+
+    Raises:
+        UserError: no export, a broken one, or one of another kind.
+    """
+    folder = Path(folder)
+    if not is_export(folder):
+        raise UserError(f"{folder} is no export: expected a folder with config.json and model.safetensors")
+    try:
+        description = json.loads((folder / "config.json").read_text())
+        found, _ = description["kind"], description["config"]
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{folder}/config.json is not what `mixar export` writes: export the network again") from None
+    if found != kind:
+        raise UserError(f"{folder} holds weights of kind '{found}', expected '{kind}'")
+    return description, read_state(folder / "model.safetensors")
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """16 hex digits that tell one set of weights from another: SHA-256 over names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].detach().cpu()
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().data)  # flat, since a scalar has no bytes to view
+    return digest.hexdigest()[:16]
+
+
+def _read_safetensors(path: Path) -> State:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is broken or no safetensors file ({error}): fetch it again") from None
+
+
+def _read_pickle(path: Path, trust_pickle: bool) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
+    except Exception as error:  # a pickle fails with whatever error its content runs into
+        if isinstance(error, pickle.UnpicklingError) and not trust_pickle:
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            raise UserError(
+                f"{path} holds more than tensors{f' ({found[1]})' if found else ''}, and reading that runs "
+                "code from the file: pass --trust-pickle if you trust its source"
+            ) from None
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} cannot be read ({type(error).__name__}: {reason}): fetch it again") from None
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

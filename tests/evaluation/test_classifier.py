@@ -1,0 +1,51 @@
+import pytest
+import torch
+
+from mixar.errors import UserError
+from mixar.evaluation.classifier import _shift, load_classifier, train_classifier
+
+
+def test_training_is_a_function_of_the_seed(digits):
+    images, labels = digits[0][:200], digits[1][:200]
+    torch.manual_seed(1)
+    first, accuracy = train_classifier(images, labels, 10, steps=3, seed=5)
+    torch.manual_seed(2)
+    again, accuracy_again = train_classifier(images, labels, 10, steps=3, seed=5)
+    other, _ = train_classifier(images, labels, 10, steps=3, seed=6)
+    assert accuracy == accuracy_again
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values()))
+    assert not torch.equal(first.logits.weight, other.logits.weight)
+
+
+def test_it_learns_and_is_stored_whole(digits, export):
+    classifier, accuracy = load_classifier(export)
+    images, labels = digits[0][1000:], digits[1][1000:]
+    with torch.no_grad():
+        logits = classifier(images)
+        assert torch.allclose(classifier(images.float() / 255), logits)
+        assert classifier.embed(images[:2]).shape == (2, 64)
+    unseen = (logits.argmax(1) == labels).double().mean().item()
+    assert unseen > 0.85 and abs(unseen - accuracy) < 0.1
+
+
+def test_it_takes_colour_objects_of_other_sizes():
+    # four classes that differ in colour only: the weights must not see grey
+    labels = torch.arange(400) % 4
+    tint = torch.tensor([[200, 40, 40], [40, 200, 40], [40, 40, 200], [120, 120, 120]])[labels]
+    noise = torch.randint(-40, 41, (400, 3, 64, 64), generator=torch.Generator().manual_seed(0))
+    images = (tint[:, :, None, None] + noise).clamp(0, 255).to(torch.uint8)
+    classifier, accuracy = train_classifier(images, labels, 4, steps=40, batch=16)
+    assert len(classifier.config.widths) == 4 and accuracy == 1.0
+
+
+def test_shift_moves_down_and_right_and_repeats_edges():
+    image = torch.arange(9).view(1, 1, 3, 3).expand(2, 3, 3, 3)
+    moved = _shift(image, torch.tensor([[1, 0], [0, -1]]))
+    assert moved[0, 2].tolist() == [[0, 1, 2], [0, 1, 2], [3, 4, 5]]
+    assert moved[1, 0].tolist() == [[1, 2, 2], [4, 5, 5], [7, 8, 8]]
+
+
+@pytest.mark.parametrize("n, label, fault", [(5, 0, "too few"), (20, 10, "0 to 9"), (20, -1, "0 to 9")])
+def test_impossible_sets_are_refused(n, label, fault):
+    with pytest.raises(UserError, match=fault):
+        train_classifier(torch.zeros(n, 3, 32, 32, dtype=torch.uint8), torch.full((n,), label), 10)

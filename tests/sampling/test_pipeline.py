@@ -1,0 +1,119 @@
+"""From labels and seeds to images, with whole models of random weights."""
+
+import json
+
+import pytest
+import torch
+
+import mixar
+from mixar.errors import UserError
+from mixar.sampling import MixARPipeline, find_export
+
+LABELS, SEEDS = [0, 1, 2, 0, 1], [11, 12, 13, 14, 15]
+
+
+def difference(a, b):
+    assert a.shape == b.shape and a.dtype == b.dtype == torch.uint8
+    return (a.int() - b.int()).abs().max().item()
+
+
+@pytest.mark.parametrize("guidance", ["none", "dc_mix", "dc_sa", "dc_ca"])
+def test_image_depends_on_its_seed_alone(make_pipeline, guidance):
+    pipeline = make_pipeline(guidance)
+    together = pipeline(LABELS, SEEDS)  # in batches of 4 and 1
+    assert together.shape == (5, 3, 16, 16)
+    # matrix products of other sizes add up in another order, which may carry a pixel over the edge of its level
+    for i in range(5):
+        assert difference(pipeline(LABELS[i : i + 1], SEEDS[i : i + 1]), together[i : i + 1]) <= 1
+    assert difference(pipeline.with_settings(batch=2)(LABELS, SEEDS), together) <= 1
+    assert difference(pipeline(LABELS[::-1], SEEDS[::-1]).flip(0), together) <= 1
+    assert difference(pipeline(LABELS, [seed + 5 for seed in SEEDS]), together) > 50
+    assert difference(pipeline([2, 2, 0, 1, 0], SEEDS), together) > 1
+
+
+@pytest.mark.parametrize("guidance", ["none", "dc_sa"])
+def test_round_trip(make_pipeline, tmp_path, guidance):
+    pipeline = make_pipeline(guidance)
+    folder = pipeline.save_pretrained(tmp_path / "run" / "exports" / "9-ema", images=9)
+    again = mixar.MixARPipeline.from_pretrained(tmp_path / "run", "cpu", "fp32")
+    assert torch.equal(again(LABELS, SEEDS), pipeline(LABELS, SEEDS))
+    assert again.settings == pipeline.settings and again.networks.keys() == pipeline.networks.keys()
+    assert json.loads((folder / "config.json").read_text())["images"] == 9
+    with pytest.raises(UserError, match="exists"):
+        pipeline.save_pretrained(folder)
+
+
+def test_stream_gives_what_a_call_gives(make_pipeline):
+    pipeline = make_pipeline()
+    batches = list(pipeline.stream(LABELS, SEEDS))
+    assert [len(images) for images in batches] == [4, 1]
+    assert torch.equal(torch.cat(batches), pipeline(LABELS, SEEDS))
+
+
+def test_discrete_tokens_steer(make_pipeline):
+    pipeline = make_pipeline()
+    codes = pipeline.sample_codes(LABELS, SEEDS)
+    assert codes.shape == (5, 64) and codes.min() >= 0 and codes.max() < 16 and len(codes.unique()) > 4
+    assert torch.equal(pipeline(LABELS, SEEDS, codes), pipeline(LABELS, SEEDS))
+    assert difference(pipeline(LABELS, SEEDS, 15 - codes), pipeline(LABELS, SEEDS)) > 1
+    decoded = pipeline.decode_codes(codes)
+    assert decoded.shape == (5, 3, 16, 16) and decoded.dtype == torch.uint8
+
+
+def test_more_steps_than_positions(make_pipeline):
+    images = make_pipeline().with_settings(steps=70, prior_steps=128)(LABELS, SEEDS)
+    assert images.shape == (5, 3, 16, 16) and len(images.unique()) > 8
+
+
+@pytest.mark.parametrize(
+    "change", [{"guidance": 4.0}, {"temperature": 0.5}, {"diffusion_steps": "7"}, {"prior_guidance": 0.0}]
+)
+def test_settings_matter(make_pipeline, change):
+    pipeline = make_pipeline()
+    before = pipeline(LABELS, SEEDS)
+    assert difference(pipeline.with_settings(**change)(LABELS, SEEDS), before) > 1
+    assert torch.equal(pipeline(LABELS, SEEDS), before)  # the original keeps its own
+
+
+def test_bf16_stays_near(make_pipeline):
+    pipeline = make_pipeline("none")
+    single = pipeline(LABELS, SEEDS)
+    pipeline.precision = "bf16"
+    assert 0 < (pipeline(LABELS, SEEDS).float() - single.float()).abs().mean() < 5
+
+
+@pytest.mark.parametrize(
+    ("labels", "seeds", "settings", "says"),
+    [
+        ([3], [0], {}, r"0\.\.2, given: \[3\]"),
+        ([-1], [0], {}, r"0\.\.2"),
+        ([], [], {}, r"0\.\.2"),
+        ([1, 2], [0], {}, "one seed a label"),
+        ([1], [0], {"prior_steps": 129}, "128 or fewer"),
+    ],
+)
+def test_impossible_requests(make_pipeline, labels, seeds, settings, says):
+    with pytest.raises(UserError, match=says):
+        make_pipeline().with_settings(**settings)(labels, seeds)
+
+
+def test_no_discrete_side(make_pipeline):
+    with pytest.raises(UserError, match="guidance none"):
+        make_pipeline("none").sample_codes(LABELS, SEEDS)
+
+
+def test_newest_export_of_a_run(tmp_path, release):
+    for name in ("9-ema", "80-ema", "100-ema-samples", "notes"):
+        (tmp_path / "exports" / name).mkdir(parents=True)
+        (tmp_path / "exports" / name / "config.json").touch()
+    assert find_export(tmp_path).name == "80-ema"
+    assert find_export(release) == release
+    with pytest.raises(UserError, match="mixar export"):
+        find_export(tmp_path / "exports")
+
+
+def test_export_without_its_codecs(make_pipeline, tmp_path):
+    folder = make_pipeline().save_pretrained(tmp_path / "half")
+    (folder / "prior" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"without prior.* prior\.weights=PATH"):
+        MixARPipeline.from_pretrained(folder)

@@ -1,0 +1,127 @@
+"""`mixar sample`: files, names, going on, other settings, refusals."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mixar.sampling import MixARPipeline
+from mixar.verbs.drawing import parse_labels
+
+
+@pytest.fixture
+def run_dir(tmp_path, release):
+    """A run directory with an export."""
+    shutil.copytree(release, tmp_path / "run" / "exports" / "7-ema")
+    return tmp_path / "run"
+
+
+def pixels(folder):
+    return {file.name: np.asarray(Image.open(file)).copy() for file in folder.glob("*.png")}
+
+
+def test_draws_what_the_pipeline_draws(mixar, run_dir):
+    flags = ("--labels", "2,0-1", "--count", 5, "--seed", 40, "--grid", "--precision", "fp32")
+    status, said, _ = mixar("sample", run_dir, *flags)
+    folder = run_dir / "samples" / "40-5-labels-2,0-1"
+    assert status == 0 and f"mixar evaluate --samples {folder}" in said
+    images = MixARPipeline.from_pretrained(run_dir, "cpu", "fp32")([2, 0, 1, 2, 0], range(40, 45))
+    drawn = pixels(folder)
+    assert sorted(drawn) == ["40-2.png", "41-0.png", "42-1.png", "43-2.png", "44-0.png"]
+    for name, image in zip(sorted(drawn), images):
+        assert np.array_equal(drawn[name], image.permute(1, 2, 0))
+    assert Image.open(f"{folder}-grid.png").width > 5 * 16
+
+
+def test_goes_on_where_it_stopped(mixar, run_dir):
+    command = ("sample", run_dir, "--count", 6, "--batch", 2, "--precision", "fp32")
+    assert mixar(*command)[0] == 0
+    folder = run_dir / "samples" / "0-6"
+    whole, kept = pixels(folder), folder / "3-0.png"
+    for name in ("1-1.png", "5-2.png"):
+        (folder / name).unlink()
+    before = kept.stat().st_mtime_ns
+    assert mixar(*command)[0] == 0
+    assert kept.stat().st_mtime_ns == before
+    again = pixels(folder)
+    assert again.keys() == whole.keys()
+    assert all(np.abs(again[name].astype(int) - whole[name]).max() <= 1 for name in whole)
+
+
+def test_flags_override_the_export(mixar, refused, run_dir, tmp_path):
+    flags = ("--steps", 2, "--diffusion-steps", "2,1", "--guidance", 1.5, "--temperature", 0.9, "--prior-steps", 3,
+             "--prior-guidance", 0, "--batch", 3, "--seed", 5)  # fmt: skip
+    assert mixar("sample", run_dir, "--count", 2, *flags)[0] == 0
+    (folder,) = (run_dir / "samples").iterdir()
+    sampling = json.loads((folder / "sampling.json").read_text())["sampling"]
+    assert sampling["steps"] == 2 and sampling["diffusion_steps"] == "2,1" and sampling["guidance"] == 1.5
+    assert sampling["prior_steps"] == 3 and sampling["seed"] == 5
+    assert mixar("sample", run_dir, "--count", 2)[0] == 0 and len(list((run_dir / "samples").iterdir())) == 2
+    # one folder never holds two kinds of samples
+    out = ("--count", 2, "--out", tmp_path / "mine")
+    assert mixar("sample", run_dir, *out)[0] == 0
+    assert "samples of other sampling" in refused("sample", run_dir, *out, "--guidance", 1)
+
+
+def test_npz_holds_the_same_images(mixar, run_dir):
+    assert mixar("sample", run_dir, "--count", 5, "--precision", "fp32")[0] == 0
+    assert mixar("sample", run_dir, "--count", 5, "--precision", "fp32", "--npz")[0] == 0
+    folder = run_dir / "samples" / "0-5"
+    with np.load(folder / "samples.npz") as npz:
+        images, labels = npz["arr_0"], npz["arr_1"]
+    assert labels.tolist() == [0, 1, 2, 0, 1]
+    assert all(np.array_equal(image, pixels(folder)[f"{i}-{labels[i]}.png"]) for i, image in enumerate(images))
+
+
+def test_an_export_stays_as_it_was(mixar, tmp_path, release):
+    export = shutil.copytree(release, tmp_path / "tiny")
+    before = sorted(export.rglob("*"))
+    assert mixar("sample", export)[0] == 0
+    assert sorted(export.rglob("*")) == before
+    assert len(pixels(tmp_path / "tiny-samples" / "0-3")) == 3
+
+
+def test_as_a_program(run_dir):
+    command = [sys.executable, "-m", "mixar", "sample", str(run_dir), "--labels", "1", "--steps", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "1 images: " in done.stdout and (run_dir / "samples/0-1-labels-1-steps-1/0-1.png").is_file()
+    wrong = subprocess.run([*command, "--guidance", "high"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "--guidance" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--labels", "3"], "0..2"),
+        (["--labels", "cat"], "--labels 3,7,7"),
+        (["--labels", "2-0"], "--labels 3,7,7"),
+        (["--count", "0"], "--count 1"),
+        (["--steps", "0"], "--steps 0 is out of range"),
+        (["--temperature=-1"], "--temperature -1.0 is out of range"),
+        (["--batch", "0"], "--batch 0 is out of range"),
+        (["--prior-guidance", "nan"], "--prior-guidance nan is out of range"),
+        (["--diffusion-steps", "many"], "--diffusion-steps many is no respacing"),
+        (["--diffusion-steps", "1001"], "--diffusion-steps 1001"),
+        (["--prior-steps", "200"], "128 or fewer"),
+        (["--out", "/proc/none"], "cannot write"),
+    ],
+)
+def test_refusals(refused, run_dir, flags, says):
+    assert says in refused("sample", run_dir, *flags)
+    assert "samples of other" not in refused("sample", run_dir, "--steps", 0)
+
+
+def test_nothing_to_draw_from(refused, tmp_path, make_pipeline):
+    assert "mixar export" in refused("sample", tmp_path)
+    make_pipeline().save_pretrained(tmp_path / "tiny")
+    assert "kind 'prior'" in refused("sample", tmp_path / "tiny" / "prior")
+
+
+def test_labels():
+    assert parse_labels("3,7,7") == [3, 7, 7]
+    assert parse_labels("0-2,9,5-5") == [0, 1, 2, 9, 5]
