@@ -1,11 +1,13 @@
 """Every knob once; defaults < yaml < `key=value`, checked."""
 
 from mixar.config.knobs import (
+    ENGINES,
     GUIDANCES,
     PRECISIONS,
     TASKS,
     Config,
     DataConfig,
+    EngineConfig,
     MaskConfig,
     ModelConfig,
     OptimConfig,
@@ -19,11 +21,13 @@ from mixar.config.knobs import (
 from mixar.config.loading import load_config, section_from_dict, to_dict, to_yaml, validate
 
 __all__ = [
+    "ENGINES",
     "GUIDANCES",
     "PRECISIONS",
     "TASKS",
     "Config",
     "DataConfig",
+    "EngineConfig",
     "MaskConfig",
     "ModelConfig",
     "OptimConfig",

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from mixar.config.knobs import GUIDANCES, PRECISIONS, TASKS, Config
+from mixar.config.knobs import ENGINES, GUIDANCES, PRECISIONS, RECOMPUTE, TASKS, Config
 from mixar.errors import UserError
 
 
@@ -24,7 +24,7 @@ def _check_values(config: Config) -> None:
     for key, choices in _CHOICES.items():
         value = get(config, key)
         if value not in choices:
-            raise UserError(f"{key}={value} is not known: write one of {', '.join(choices)}")
+            raise UserError(f"{key}={value} is not known: write one of {', '.join(filter(None, choices))}")
     for key, low, high in _RANGES:
         value = get(config, key)
         if value is not None and not low <= value <= high:
@@ -126,6 +126,8 @@ _CHOICES = {
     "ti_mix.schedule": ("linear", "cosine", "constant"),
     "optim.schedule": ("constant", "cosine", "linear"),
     "train.precision": PRECISIONS,
+    "engine.name": (None, *ENGINES),
+    "engine.recompute": RECOMPUTE,
     "sample.guidance_schedule": ("linear", "constant"),
     "sample.prior_guidance_schedule": ("none", "linear", "cosine"),
     "sample.prior_mask_schedule": ("arccos", "cosine"),
@@ -182,6 +184,7 @@ _RANGES = [
     ("train.log_every", 1, _INF),
     ("train.keep", 1, _INF),
     ("train.max_skips", 0, _INF),
+    ("engine.timeout", 1, _INF),
     ("sample.steps", 1, _INF),
     ("sample.diffusion_start", 0, 999),
     ("sample.prior_steps", 1, _INF),

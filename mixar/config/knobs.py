@@ -10,6 +10,8 @@ from omegaconf import II
 TASKS = ("vae", "tokenizer", "prior", "mixar")
 GUIDANCES = ("none", "dc_mix", "dc_sa", "dc_ca")
 PRECISIONS = ("fp32", "bf16")
+ENGINES = ("ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3")
+RECOMPUTE = ("none", "backbone", "head", "all")
 
 
 @dataclass
@@ -182,6 +184,17 @@ class TrainConfig:
 
 
 @dataclass
+class EngineConfig:
+    """How the training is laid over processes and devices. Nothing here changes what is computed."""
+
+    name: str | None = None  # ddp | fsdp | hsdp | zero1 | zero2 | zero3; None: by the launcher and the number of nodes
+    recompute: str = "none"  # activations to compute again in the backward pass: none | backbone | head | all
+    compile: bool = False  # each block through torch.compile, as one graph
+    deepspeed: str | None = None  # a JSON file, merged over the configuration that DeepSpeed gets from this one
+    timeout: float = 600.0  # seconds without a finished step until the stacks of all ranks are logged and the run ends
+
+
+@dataclass
 class SampleConfig:
     """Sampling settings; a paper row's config holds its own."""
 
@@ -221,4 +234,5 @@ class Config:
     ti_mix: TIMixConfig = field(default_factory=TIMixConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)

@@ -1,20 +1,15 @@
 """From a source of samples to an endless stream of batches that depends on the seed and the images seen alone."""
 
 import json
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
-from tempfile import gettempdir
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from numpy.typing import NDArray
-from streaming import StreamingDataset
-from streaming.base.distributed import get_local_rank
+from streaming import LocalDataset
 from streaming.base.hashing import get_hash
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -126,8 +121,6 @@ class _Reader(Dataset):
 class ShardSource:
     """Moments and codes from shards that `prepare` wrote, and on demand TI-Mix's pre-drawn tokens beside them.
 
-    Create it in the main process, on every rank at once: streaming's datasets meet in a barrier.
-
     Args:
         shards: a local folder, or with `cache` any URL that streaming takes.
         cache: a local folder of its own for each set.
@@ -148,7 +141,7 @@ class ShardSource:
     @property
     def shard_sizes(self) -> list[int]:
         """Images of each shard."""
-        return self.images.dataset.samples_per_shard.tolist()
+        return [shard.samples for shard in self.images.dataset.shards]
 
     def __len__(self) -> int:
         return sum(self.shard_sizes)
@@ -181,19 +174,15 @@ class ShardSource:
 class _Shards:
     """Random access to one set of MDS shards, each checked against its hash when this process first reads it.
 
-    The StreamingDataset never learns of the remote: the files are put where it looks for them. Its own downloads are
-    coordinated through shared memory of one job, refuse a cache that another dataset has open, and leave that memory
-    behind when the job is killed.
+    They are read by streaming's LocalDataset, and fetched by its downloader. Its StreamingDataset coordinates the ranks
+    of a node through shared memory, which a killed job leaves behind, other jobs collide with, and which keeps the file
+    descriptors of every dataset on the machine open; where the order is a function of the seed, none of it is needed.
     """
 
     def __init__(self, shards: str, cache: str | None):
         self.shards, self.cache = shards, cache
-        index = fetch(shards, cache, "index.json")
-        # jobs that open a dataset at the same moment would take the same number for their shared memory
-        lock = FileLock(Path(gettempdir(), f"mixar-streaming-{os.getuid()}.lock"))
-        with lock if get_local_rank() == 0 else nullcontext():
-            self.dataset = StreamingDataset(local=str(index.parent), batch_size=1)
-        self.checked = [False] * self.dataset.num_shards
+        self.dataset = LocalDataset(str(fetch(shards, cache, "index.json").parent))
+        self.checked = [False] * len(self.dataset.shards)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         shard, _ = self.dataset.spanner[row]

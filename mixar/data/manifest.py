@@ -53,7 +53,7 @@ class Manifest:
 def fetch(shards: str, cache: str | None, name: str) -> Path:
     """The local path of file `name` of a set; with a cache, the file is downloaded into it first.
 
-    The file lock, unlike streaming's shared memory, also holds between unrelated processes, and ends with its holder.
+    The file lock holds between the ranks and workers of a node and between unrelated jobs, and ends with its holder.
 
     Args:
         shards: a local folder, or with `cache` any URL that streaming takes.

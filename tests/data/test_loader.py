@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from streaming import StreamingDataset
+from streaming import LocalDataset
 
 from mixar import draws
 from mixar.data.batch import Batch, Picks
@@ -67,7 +67,7 @@ def _windows(order, shard_of):
 def test_batches_follow_the_order_and_the_flips_of_the_seed(shards):
     source = ShardSource(shards)
     assert source.shard_sizes == [16, 16, 8]
-    raw = StreamingDataset(local=shards, batch_size=1)
+    raw = LocalDataset(shards)
     seen = content(take(source, 12, seed=5))
     assert [g for g, *_ in seen] == list(range(96))
     for g, key, label, moments, codes in seen:
@@ -167,8 +167,8 @@ def test_pre_drawn_tokens_come_with_their_image_and_flip(make_config, shards):
     config = make_config("ti_mix.variants=4")
     predraw(config, Prior(config.prior).eval(), "cpu", progress=False)
     source = ShardSource(shards, pre_drawn=True)
-    keys = [row["key"] for row in StreamingDataset(local=shards, batch_size=1)]
-    stored = StreamingDataset(local=f"{shards}/ti_mix", batch_size=1)
+    keys = [row["key"] for row in LocalDataset(shards)]
+    stored = LocalDataset(f"{shards}/ti_mix")
     used = set()
     for batch in take(source, 20):
         for b, g in enumerate(batch.index.tolist()):
@@ -190,7 +190,7 @@ def test_pre_drawn_tokens_of_images_as_they_are(make_config, shards):
     config = make_config("ti_mix.variants=3", "data.flip=false")
     predraw(config, Prior(config.prior).eval(), "cpu", progress=False)
     source = ShardSource(shards, pre_drawn=True)
-    stored = StreamingDataset(local=f"{shards}/ti_mix", batch_size=1)
+    stored = LocalDataset(f"{shards}/ti_mix")
     for epoch in range(4):
         batch = source.read(Picks(torch.tensor([40 * epoch]), [7], [False]))
         assert batch.drawn.order[0].tolist() == stored[7]["order"][epoch % 3].tolist()

@@ -1,6 +1,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from streaming import StreamingDataset
+from streaming import LocalDataset
 
 from mixar import draws
 from mixar.data.images import ImageSet, adm_crop, open_images
@@ -22,8 +24,7 @@ from mixar.weights import fingerprint
 
 
 def rows(folder: str) -> list[dict]:
-    dataset = StreamingDataset(local=folder, batch_size=1)
-    return [dataset[i] for i in range(len(dataset))]
+    return list(LocalDataset(folder))
 
 
 def run(config, codecs, images=None, **options):
@@ -49,6 +50,15 @@ def test_a_row_is_both_flips_of_its_image(make_config, codecs, shards):
             assert stored[i]["moments"].dtype == np.float16
             np.testing.assert_allclose(stored[i]["moments"][flip], moments, rtol=2e-3, atol=1e-4)
             assert stored[i]["codes"][flip].tolist() == tokenizer.encode(image)[0].tolist()
+
+
+def test_any_streaming_program_can_read_the_set(shards):
+    code = (
+        "import sys\nfrom streaming import StreamingDataset\n"
+        "print(*(row['key'] for row in StreamingDataset(local=sys.argv[1], batch_size=1)))"
+    )  # in a process of its own: its shared memory and file descriptors stay open until that ends
+    read = subprocess.run([sys.executable, "-c", code, shards], capture_output=True, text=True, check=True)
+    assert read.stdout.split() == [row["key"] for row in rows(shards)]
 
 
 def test_manifest_says_what_the_shards_are(make_config, codecs, shards):
