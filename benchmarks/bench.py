@@ -15,7 +15,7 @@ import torch
 from mixar import draws
 from mixar.checkpoint import environment
 from mixar.config import GUIDANCES, MaskConfig, ModelConfig, OptimConfig
-from mixar.dist import Place, device
+from mixar.dist import Place, find
 from mixar.draws import Stream
 from mixar.engine import LocalEngine, build_optimizer
 from mixar.mixing import Masking, masked_counts
@@ -33,12 +33,12 @@ def model_of(guidance: str) -> MixAR:
         **sizes, **{name.replace("encoder", "decoder"): value for name, value in sizes.items()},
     ))  # fmt: skip
     init_weights(model, 0)
-    return model.to(device())
+    return model.to(find().device)
 
 
 def training_step(guidance: str, precision: str) -> Work:
     """One optimizer step on fixed data, all draws included."""
-    place = Place(0, 1, device())
+    place = Place(0, 1, find().device)
     model, cfg = model_of(guidance), OptimConfig()
     index = torch.arange(BATCH, device=place.device)
     tokens = draws.normal(0, Stream.POSTERIOR, index, N, C)
@@ -50,7 +50,7 @@ def training_step(guidance: str, precision: str) -> Work:
         rows = sum(counts)
         t = (draws.uniform(0, Stream.TIMESTEP, index[:1], MUL, rows)[0] * 1000).long()
         noise = draws.normal(0, Stream.NOISE, index[:1], MUL, rows, C)[0]
-        value = model(tokens, index, masking, codes, t, noise).loss
+        value = model(tokens, index, masking, codes, t, noise, keys=index).loss
         return value, {"loss": mean_of(value)}
 
     engine = LocalEngine(
@@ -62,8 +62,8 @@ def training_step(guidance: str, precision: str) -> Work:
 def head_pass(rows: int) -> Work:
     """Forward and backward of the head on so many rows."""
     model = model_of("none")
-    x, z = torch.randn(rows, C, device=device()), torch.randn(rows, 384, device=device())
-    t = torch.randint(0, 1000, (rows,), device=device())
+    x, z = torch.randn(rows, C, device=find().device), torch.randn(rows, 384, device=find().device)
+    t = torch.randint(0, 1000, (rows,), device=find().device)
 
     def work() -> float:
         eps, v = model.diffloss.net(x, t, z)

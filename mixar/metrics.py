@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as c10d
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
@@ -15,14 +16,14 @@ from torchvision.utils import make_grid
 log = logging.getLogger("mixar")
 
 
-def start_log(file: Path) -> None:
-    """Send the `mixar` logger to the console and to `file`."""
-    log.setLevel(logging.INFO)
+def start_log(file: Path, rank: int = 0) -> None:
+    """Send the `mixar` logger to the console and to `file`; of ranks but the first, only what is wrong."""
+    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     log.handlers.clear()
     log.propagate = False
     handlers: list[logging.Handler] = [logging.StreamHandler(), logging.FileHandler(file)]
     for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        handler.setFormatter(logging.Formatter(f"%(asctime)s {f'rank {rank}: ' * bool(rank)}%(message)s", "%H:%M:%S"))
         log.addHandler(handler)
 
 
@@ -66,12 +67,9 @@ class Metrics:
             scalars.get("grad_norm", math.nan), rate, 100 * scalars["data_wait"], left,
         )  # fmt: skip
 
-    def pause(self) -> None:
-        """Leave the time since the last interval out of the next one's rate (a preview, a checkpoint)."""
-        self._paused = time.monotonic()
-
-    def resume(self) -> None:
-        self._since = (self._since[0] + time.monotonic() - self._paused, self._since[1])
+    def leave_out(self, seconds: float) -> None:
+        """Take seconds that were not training (a preview, a checkpoint) out of the next interval's rate."""
+        self._since = (self._since[0] + seconds, self._since[1])
 
     def images(self, tag: str, images: Tensor, step: int) -> None:
         """A grid of uint8 images [k, 3, H, W]."""
@@ -93,12 +91,14 @@ class Averages:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def drain(self) -> dict[str, float]:
-        """The means since the last call; a name that counted nothing is left out."""
+        """The means over all ranks since the last call; a name that counted nothing is left out. A collective."""
         if not self._sums:
             return {}
         device = next(iter(self._sums.values())).device
-        values = torch.stack([value.to(device) for value in self._sums.values()]).cpu().tolist()
-        means = {name: total / count for name, (total, count) in zip(self._sums, values) if count}
+        sums = torch.stack([value.to(device) for value in self._sums.values()])
+        if c10d.is_initialized():
+            c10d.all_reduce(sums)
+        means = {name: total / count for name, (total, count) in zip(self._sums, sums.cpu().tolist()) if count}
         self._sums.clear()
         return means
 

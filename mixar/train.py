@@ -11,6 +11,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
+import os
 
 import torch
 
@@ -22,11 +23,12 @@ from mixar.data.batch import Source
 from mixar.data.images import ImageSource, training_images
 from mixar.data.loader import ShardSource
 from mixar.data.manifest import check_manifest, read_manifest
+from mixar.engine import choose_engine
 from mixar.errors import UserError
 from mixar.metrics import log
 from mixar.objectives import MixARObjective, Objective, PriorObjective, TokenizerObjective, VAEObjective
 from mixar.plan import make_plan, render
-from mixar.trainer import Trainer
+from mixar.trainer import Stopped, Trainer
 
 
 def train(cfg: Config) -> Path:
@@ -34,14 +36,41 @@ def train(cfg: Config) -> Path:
 
     Raises:
         UserError: what the user can mend.
+        Stopped: a signal ended it, after a checkpoint.
     """
-    place = dist.start()
-    run = RunDirectory(cfg)
-    source = open_source(cfg)
-    objective = build_objective(cfg, source, place)
-    log.info("training %s on %s, %s, in %s", cfg.task, place.device, cfg.train.precision, run.path)
+    place = dist.start(cfg.engine.timeout)
+    run = RunDirectory(cfg, place)
+    try:
+        source = open_source(cfg)
+        objective = build_objective(cfg, source, place)
+        tell_start(cfg, source, place)
+        return Trainer(cfg, objective, source, place, run).run()
+    finally:
+        run.close()
+
+
+def tell_start(cfg: Config, source: Source, place: dist.Place) -> None:
+    """Log where and how the run will be computed, and how long it is."""
+    engine, why = choose_engine(cfg, place)
+    micro = cfg.train.micro_batch or cfg.train.batch // place.world
+    log.info("training %s on %s, in %s", cfg.task, place.device, cfg.run_dir)
+    log.info("engine %s, for %s; %d ranks on %d nodes, started by %s", engine, why, place.world, place.nodes,
+             place.launcher)  # fmt: skip
+    log.info("batch %d = %d a pass x %d ranks x %d passes", cfg.train.batch, micro, place.world,
+             cfg.train.batch // (micro * place.world))  # fmt: skip
+    log.info("%s", precision_table(cfg))
     log.info("%s", render(make_plan(cfg, sum(source.shard_sizes))))
-    return Trainer(cfg, objective, source, place, run).run()
+
+
+def precision_table(cfg: Config) -> str:
+    """What is kept, computed and sent in which format."""
+    compute = "bfloat16 under autocast" if cfg.train.precision == "bf16" else "float32"
+    rows = {
+        "weights, gradients, moments, EMA": "float32, also on their way between ranks",
+        "matrix products, attention": compute,
+        "norms, diffusion, loss": "float32",
+    }
+    return "precision\n" + "\n".join(f"  {what:<34}{kind}" for what, kind in rows.items())
 
 
 def open_source(cfg: Config) -> Source:
@@ -81,11 +110,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    cfg = load_config(args.config, args.overrides + ["trust_pickle=true"] * args.trust_pickle)
+    overrides = args.overrides + ["trust_pickle=true"] * args.trust_pickle
     if args.dry_run:
-        print(to_yaml(cfg) + render(make_plan(cfg)))
-    else:
-        train(cfg)
+        if dist.find().is_main:
+            cfg = load_config(args.config, overrides)
+            print(to_yaml(cfg) + render(make_plan(cfg)))
+        return
+    try:
+        train(load_config(args.config, overrides))
+        _leave("done")
+    except Stopped:
+        _leave("stopped")
+    except UserError:
+        _leave("refused")
+        raise
+
+
+def _leave(outcome: str) -> None:
+    """Part from the other ranks, and tell the job script that started this how it ended: done, stopped or refused.
+
+    By a file, since a launcher makes of the exit statuses of its processes what it likes.
+    """
+    file = os.environ.get("MIXAR_OUTCOME")
+    if file and (outcome == "refused" or dist.find().is_main):
+        Path(file).write_text(outcome + "\n")
+    if outcome != "refused":  # then others may be waiting in a collective: their launcher ends them
+        dist.leave()
 
 
 def main() -> None:
@@ -94,7 +144,8 @@ def main() -> None:
     try:
         run(parser.parse_intermixed_args())
     except UserError as error:
-        print(f"mixar train: {error}", file=sys.stderr)
+        if not isinstance(error, dist.ElsewhereError):
+            print(f"mixar train: {error}", file=sys.stderr)
         sys.exit(2)
 
 

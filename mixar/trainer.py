@@ -8,20 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from mixar import draws
+from mixar import dist, draws
 from mixar.checkpoint import Progress, RunDirectory
 from mixar.config import Config
 from mixar.data.batch import Batch, Source
 from mixar.data.loader import Loader
-from mixar.dist import Place
+from mixar.dist import Agreement, Place
 from mixar.draws import Stream
-from mixar.engine import LocalEngine, StepInfo, build_optimizer, learning_rate
+from mixar.engine import Scalars, StepInfo, build_engine, learning_rate
 from mixar.errors import UserError
 from mixar.metrics import Averages, Metrics, log
 from mixar.objectives import Objective
 from mixar.objectives.base import mean_of
-from mixar.weights import load_by_name
+from mixar.watch import Signals, Watchdog
+from mixar.weights import read_fitting
+
+GO, STOP, FAILED = range(3)  # what ranks agree on before a step; the largest wins
+
+
+class Stopped(Exception):
+    """A signal ended the run early, after a checkpoint."""
 
 
 class Trainer:
@@ -30,13 +38,9 @@ class Trainer:
     def __init__(self, cfg: Config, objective: Objective, source: Source, place: Place, run: RunDirectory) -> None:
         self.cfg, self.objective, self.source, self.place, self.run_dir = cfg, objective, source, place, run
         self.count = sum(source.shard_sizes)
-        model = objective.build()
-        if cfg.init_from is not None:
-            load_by_name(model, cfg.init_from, log.info)
-        model.to(place.device)
-        optimizer = build_optimizer(model, cfg.optim, objective.decays)
-        self.engine = LocalEngine(model, objective.loss, optimizer, cfg.optim, self._lr, place, cfg.train.precision)
+        self.engine = build_engine(cfg, _Task(objective, cfg), self._lr, place, run.path)
         self.progress = run.load(self.engine)
+        self._saved = self.progress
         self.steps = math.ceil(cfg.train.epochs * self.count / cfg.train.batch)
 
     def _lr(self, epoch: float) -> float:
@@ -50,43 +54,63 @@ class Trainer:
         """Train to the end, then write the export of the EMA weights and return its folder.
 
         Raises:
-            UserError: too many non-finite steps in a row.
+            Stopped: a signal asked for an end; a checkpoint was written.
+            UserError: too many non-finite steps in a row, a checkpoint that cannot be written.
         """
-        metrics = Metrics(
-            self.run_dir.path, self.progress.step, self.progress.images, self.steps * self.cfg.train.batch
-        )
-        averages, wait, recent = Averages(), 0.0, _Recent()
-        batches = self._batches()
-        for step in range(self.progress.step, self.steps):
-            begun = time.monotonic()
-            micro = next(batches)
-            wait += time.monotonic() - begun
-            epoch = self.epoch(step)
-            # dropout is the one draw that is not keyed by image: seed it by step and rank
-            turn = torch.tensor([step * self.place.world + self.place.rank])
-            torch.manual_seed(int(draws.bits(self.cfg.seed, Stream.DROPOUT, turn, 1).item()))
-            info = self.engine.step(micro, epoch)
-            self.progress = Progress(step + 1, (step + 1) * self.cfg.train.batch)
-            recent.add(step, micro, info)
-            told = info.scalars | {"grad_norm": mean_of(info.grad_norm)}
-            averages.add(
-                {name: torch.where(info.finite > 0, value, 0.0) for name, value in told.items()}
-            )  # not skipped ones
+        train, run = self.cfg.train, self.run_dir
+        total = self.steps * train.batch
+        metrics = Metrics(run.path, self.progress.step, self.progress.images, total) if self.place.is_main else None
+        averages, wait, recent, agreement = Averages(), 0.0, _Recent(), Agreement(self.place)
+        with Signals() as signals, Watchdog(self.cfg.engine.timeout) as watchdog:
+            batches = self._batches()
+            for step in range(self.progress.step, self.steps):
+                watchdog.beat(step)
+                self._heed(agreement.exchange(STOP if signals.caught else FAILED if run.failed else GO))
+                begun = time.monotonic()
+                micro = next(batches)
+                wait += time.monotonic() - begun
+                epoch, last = self.epoch(step), step + 1 == self.steps
+                tell = last or (step + 1) % train.log_every == 0 or self._due(step, train.checkpoint_every)
+                info = self.engine.step(micro, epoch, measure=tell)
+                self.progress = Progress(step + 1, (step + 1) * train.batch)
+                recent.add(step, micro, info)
+                told = info.scalars | {"grad_norm": mean_of(info.grad_norm)}
+                averages.add({name: torch.where(info.finite > 0, value, 0.0) for name, value in told.items()})
+                if tell:
+                    self._handle_skips(recent)
+                    assert info.ema_distance is not None
+                    means = averages.drain() | {"lr": self._lr(epoch), "ema_distance": info.ema_distance.item()}
+                    if metrics is not None:
+                        metrics.write(step + 1, self.progress.images, means, wait)
+                    wait = 0.0
+                begun = time.monotonic()
+                if last or self._due(step, train.samples_every):
+                    self._preview(metrics)
+                if last or self._due(step, train.checkpoint_every):
+                    self._save()
+                if metrics is not None:
+                    metrics.leave_out(time.monotonic() - begun)
+            agreement.settle()
+            if metrics is not None:
+                metrics.close()
+            run.wait()
+            return self._export()
 
-            last = step + 1 == self.steps
-            if last or (step + 1) % self.cfg.train.log_every == 0 or self._due(step, self.cfg.train.checkpoint_every):
-                self._handle_skips(recent)
-                means = averages.drain() | {"lr": self._lr(epoch), "ema_distance": self.engine.ema_distance().item()}
-                metrics.write(step + 1, self.progress.images, means, wait)
-                wait = 0.0
-            metrics.pause()
-            if last or self._due(step, self.cfg.train.samples_every):
-                self._preview(metrics)
-            if last or self._due(step, self.cfg.train.checkpoint_every):
-                self.run_dir.save(self.engine, self.progress, self.cfg.train.keep)
-            metrics.resume()
-        metrics.close()
-        return self._export()
+    def _heed(self, agreed: int) -> None:
+        """Do what the ranks agreed on."""
+        if agreed == FAILED:
+            self.run_dir.wait()  # raises on every rank
+        elif agreed == STOP:
+            if self.progress != self._saved:
+                self._save()
+            self.run_dir.wait()
+            log.info("stopped by a signal after step %d, a checkpoint is kept: the same command goes on",
+                     self.progress.step)  # fmt: skip
+            raise Stopped
+
+    def _save(self) -> None:
+        self.run_dir.save(self.engine, self.progress)
+        self._saved = self.progress
 
     def _batches(self) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each step, from where the run stands."""
@@ -107,34 +131,67 @@ class Trainer:
 
     def _handle_skips(self, recent: "_Recent") -> None:
         for record in recent.skipped():
-            file = self.run_dir.write_replay(record["step"], record | {"seed": self.cfg.seed})
-            numbers = f"loss {record['loss']}, gradient norm {record['grad_norm']}"
-            log.info("step %d was not finite (%s) and was skipped: %s", record["step"], numbers, file)
+            keys = [key for part in dist.gather(self.place, record["keys"]) for key in part]
+            if self.place.is_main:
+                file = self.run_dir.write_replay(record["step"], record | {"keys": keys, "seed": self.cfg.seed})
+                numbers = f"loss {record['loss']}, gradient norm {record['grad_norm']}"
+                log.info("step %d was not finite (%s) and was skipped: %s", record["step"], numbers, file)
         if recent.in_a_row > self.cfg.train.max_skips:
             raise UserError(
                 f"{recent.in_a_row} steps in a row were not finite, train.max_skips={self.cfg.train.max_skips} may be; "
                 f"{self.run_dir.path / 'replay'} names their images: lower optim.lr, or write train.precision=fp32"
             )
 
-    def _replica(self) -> torch.nn.Module:
-        """A plain model on this device with the EMA weights, away from the engine."""
-        model = self.objective.build()
-        model.load_state_dict(self.engine.full_weights("ema"))
+    def _replica(self) -> nn.Module | None:
+        """On rank 0 a plain model with the EMA weights, away from the engine; a collective."""
+        weights = self.engine.full_weights("ema")
+        if not self.place.is_main:
+            return None
+        with torch.device("meta"):
+            model = self.objective.build()
+        model.load_state_dict(weights, assign=True)
         return model.to(self.place.device).eval()
 
-    def _preview(self, metrics: Metrics) -> None:
+    def _preview(self, metrics: Metrics | None) -> None:
+        model = self._replica()
+        if model is None or metrics is None:
+            return
         with self.place.autocast(self.cfg.train.precision):
-            images = self.objective.preview(self._replica())
+            images = self.objective.preview(model)
         if images is not None:
             metrics.images("samples", images, self.progress.step)
 
     def _export(self) -> Path:
         folder = self.run_dir.export_path(self.progress.images)
-        if not folder.exists():
+        if not dist.on_main(self.place, folder.exists):
+            model = self._replica()
             about = {"images": self.progress.images, "epochs": self.epoch(self.progress.step), "weights": "ema"}
-            self.objective.export(self._replica(), folder, about)
+            dist.on_main(self.place, lambda: self.objective.export(model, folder, about))  # type: ignore[arg-type]
         log.info("trained: the EMA weights are in %s", folder)
         return folder
+
+
+class _Task:
+    """An objective as engines train it: from the weights of `init_from`, and dropping out the same units everywhere."""
+
+    def __init__(self, objective: Objective, cfg: Config) -> None:
+        self.objective, self.seed = objective, cfg.seed
+        self.build, self.decays = objective.build, objective.decays
+        self.given: dict[str, Tensor] = {}
+        if cfg.init_from is not None:
+            with torch.device("meta"):
+                own = objective.build().state_dict()
+            self.given = read_fitting(cfg.init_from, own, log.info)
+
+    def initial(self, name: str, like: Tensor) -> Tensor:
+        return self.given[name] if name in self.given else self.objective.initial(name, like)
+
+    def loss(self, model: nn.Module, batch: Batch, epoch: float) -> tuple[Tensor, Scalars]:
+        # what torch itself draws, in the prior's training and in the attention kernels of GPUs, is a function of the
+        # micro-batch, whichever rank it falls to; all else is one of the image
+        first = torch.tensor(batch.places[:1])
+        torch.manual_seed(int(draws.bits(self.seed, Stream.DROPOUT, first, 1).item()))
+        return self.objective.loss(model, batch, epoch)
 
 
 class _Recent:

@@ -124,24 +124,21 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str | Pa
     module.load_state_dict(state, assign=any(value.is_meta for value in own.values()))
 
 
-def load_by_name(module: nn.Module, path: str | Path, tell: Callable[[str], None]) -> None:
-    """Start `module` from other weights: what has the same name and shape is taken, the rest stays as it is.
+def read_fitting(path: str | Path, own: Mapping[str, Tensor], tell: Callable[[str], None]) -> State:
+    """Other weights to start from: those of the same name and shape as one of `own`.
 
     Args:
         path: an export folder, or a checkpoint file of a plain or MAR's nesting.
-        tell: gets one line for what was loaded, left new, misshapen and not used.
+        own: the state dict of the network to start; only its shapes matter.
+        tell: gets one line of what was loaded, left new, misshapen and not used.
 
     Raises:
         UserError: as `read_state`, or not one tensor fits.
     """
     state = read_state(Path(path) / "model.safetensors") if is_export(path) else read_state(path, PUBLIC["mar"].nesting)
-    own = module.state_dict()
     fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
     if not fitting:
-        raise UserError(
-            f"no tensor in {path} has a name and shape of {type(module).__name__}: write init_from=<weights of one>"
-        )
-    module.load_state_dict(fitting, strict=False)
+        raise UserError(f"no tensor in {path} has a name and shape of this network: write init_from=<weights of one>")
     report = {
         "loaded": list(fitting),
         "new": [name for name in own if name not in state],
@@ -152,6 +149,7 @@ def load_by_name(module: nn.Module, path: str | Path, tell: Callable[[str], None
         f"init_from {path}: "
         + "; ".join(f"{len(names)} {what} ({_some(names)})" for what, names in report.items() if names)
     )
+    return fitting
 
 
 def write_export(

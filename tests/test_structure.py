@@ -18,7 +18,7 @@ FLOORS = (
     "codecs prior mixing",
     "model",
     "data engine sampling metrics",
-    "checkpoint evaluation objectives plan",
+    "checkpoint evaluation objectives plan watch",
     "trainer",
     "train",
     "verbs",

@@ -1,7 +1,41 @@
-"""How a model is stepped: accumulation, clipping, finite check, optimizer, EMA."""
+"""How a model is stepped over the ranks of a run: accumulation, clipping, finite check, optimizer, EMA."""
 
-from mixar.engine.base import Engine, Scalars, StepInfo
-from mixar.engine.local import LocalEngine
-from mixar.engine.optim import build_optimizer, learning_rate
+from collections.abc import Callable
+from pathlib import Path
 
-__all__ = ["Engine", "LocalEngine", "Scalars", "StepInfo", "build_optimizer", "learning_rate"]
+from mixar.config import Config
+from mixar.dist import Place
+from mixar.engine.base import Engine, Scalars, StepInfo, Trainable
+from mixar.engine.native import FSDPEngine, ReplicatedEngine
+from mixar.engine.optim import learning_rate
+
+__all__ = ["Engine", "Scalars", "StepInfo", "Trainable", "build_engine", "choose_engine", "learning_rate"]
+
+
+def choose_engine(cfg: Config, place: Place) -> tuple[str, str]:
+    """The engine of a run, and why it is that one."""
+    if cfg.engine.name is not None:
+        return cfg.engine.name, "engine.name names it"
+    if place.world == 1:
+        return "ddp", "there is one process"
+    if place.launcher == "deepspeed":
+        return "zero3", "the deepspeed launcher started it"
+    return ("fsdp", "all ranks are on one node") if place.nodes == 1 else ("hsdp", f"there are {place.nodes} nodes")
+
+
+def build_engine(
+    cfg: Config, task: Trainable, lr: Callable[[float], float], place: Place, run_dir: Path
+) -> Engine:
+    """The engine that `choose_engine` chooses, its weights at their first values; a collective.
+
+    Raises:
+        UserError: a DeepSpeed file that cannot be read or contradicts the config.
+    """
+    name, _ = choose_engine(cfg, place)
+    if name == "ddp":
+        return ReplicatedEngine(cfg, task, lr, place)
+    if name in ("fsdp", "hsdp"):
+        return FSDPEngine(cfg, task, lr, place, hybrid=name == "hsdp")
+    from mixar.engine.zero import ZeroEngine  # brings DeepSpeed, which takes seconds
+
+    return ZeroEngine(cfg, task, lr, place, int(name.removeprefix("zero")), run_dir)

@@ -4,25 +4,25 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from mixar.config import OptimConfig
 
 
 def build_optimizer(
-    model: nn.Module, cfg: OptimConfig, decays: Callable[[str, nn.Parameter], bool]
+    parameters: dict[str, Tensor], cfg: OptimConfig, decays: Callable[[str], bool]
 ) -> torch.optim.AdamW:
-    """AdamW in two groups, with and without weight decay, as `decays(name, parameter)` says."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    """AdamW in two groups, with and without weight decay, as `decays(name)` says."""
     groups = [
         {
-            "params": [p for name, p in named if decays(name, p) is decay],
+            "params": [p for name, p in parameters.items() if decays(name) is decay],
             "weight_decay": cfg.weight_decay if decay else 0.0,
         }
         for decay in (True, False)
     ]
-    # the fused kernel skips its update where `found_inf` is set, without asking the host
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=(cfg.betas[0], cfg.betas[1]), fused=True)
+    # a rank may hold no slice of a small model, and AdamW wants a parameter
+    filled = [group for group in groups if group["params"]] or [{"params": [torch.zeros(1)]}]
+    return torch.optim.AdamW(filled, lr=0.0, betas=(cfg.betas[0], cfg.betas[1]), fused=True)
 
 
 def learning_rate(cfg: OptimConfig, batch: int, epoch: float, epochs: float) -> float:

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from mixar.model.dropout import drop
+
 Lengths = tuple[int, ...]  # tokens of each image in a packed row, known on the host
 
 
@@ -15,10 +17,22 @@ def runs(lengths: Lengths) -> list[tuple[int, int]]:
     return [(len(list(images)), length) for length, images in groupby(lengths)]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Softmax attention of equal-length images, q [B, L, H, d] on k and v [B, M, H, d]: [B, L, H, d]."""
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), dropout_p=dropout)
-    return out.transpose(1, 2)
+def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float, keys: Tensor | None) -> Tensor:
+    """Softmax attention of equal-length images, q [B, L, H, d] on k and v [B, M, H, d]: [B, L, H, d].
+
+    Args:
+        dropout: of the attention weights.
+        keys: int64 [B, L], one a query; None drops nothing.
+    """
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if keys is None:
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    if q.device.type != "cpu":  # the fused kernels draw by themselves, from torch's generator
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2)
+    # on a CPU torch, too, holds all weights as soon as some of them are dropped
+    weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
+    heads = torch.arange(q.shape[1], device=q.device)[:, None]
+    return (drop(weights, keys[:, None] + heads, 0, dropout) @ v).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -30,17 +44,23 @@ class Attention(nn.Module):
         self.dropout = dropout
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
-        self.proj_drop = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, lengths: Lengths) -> Tensor:
-        """x [T, D], image after image of `lengths`, each attending within itself: [T, D]."""
+    def forward(self, x: Tensor, lengths: Lengths, keys: Tensor | None) -> Tensor:
+        """x [T, D], image after image of `lengths`, each attending within itself: [T, D].
+
+        Args:
+            keys: int64 [T], what decides on dropout; None drops nothing.
+        """
         qkv = rearrange(self.qkv(x), "t (three heads d) -> t three heads d", three=3, heads=self.heads)
-        dropout = self.dropout if self.training else 0.0
+        sizes = [images * length for images, length in runs(lengths)]
+        parts = [None] * len(sizes) if keys is None else keys.split(sizes)
         outs = []
-        for (images, length), rows in zip(runs(lengths), qkv.split([i * n for i, n in runs(lengths)])):
+        for (images, length), rows, part in zip(runs(lengths), qkv.split(sizes), parts):
             q, k, v = rearrange(rows, "(b n) three heads d -> three b n heads d", b=images, n=length)
-            outs.append(rearrange(attend(q, k, v, dropout), "b n heads d -> (b n) (heads d)"))
-        return self.proj_drop(self.proj(torch.cat(outs)))
+            out = attend(q, k, v, self.dropout, None if part is None else part.view(images, length))
+            outs.append(rearrange(out, "b n heads d -> (b n) (heads d)"))
+        x = self.proj(torch.cat(outs))
+        return x if keys is None else drop(x, keys, 1, self.dropout)
 
 
 class CrossAttention(nn.Module):
@@ -54,18 +74,20 @@ class CrossAttention(nn.Module):
         self.k = nn.Linear(memory_width, width, bias=False)
         self.v = nn.Linear(memory_width, width, bias=False)
         self.proj = nn.Linear(width, width, bias=False)
-        self.proj_drop = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, lengths: Lengths, memory: Tensor) -> Tensor:
-        """x [T, D] of `lengths`, each image on its own row of memory [B, N, D']: [T, D]."""
+    def forward(self, x: Tensor, lengths: Lengths, memory: Tensor, keys: Tensor | None) -> Tensor:
+        """x [T, D] of `lengths`, each image on its own row of memory [B, N, D']: [T, D]. Keys as in `Attention`."""
         q = rearrange(self.q(x), "t (heads d) -> t heads d", heads=self.heads)
         k, v = (rearrange(f(memory), "b n (heads d) -> b n heads d", heads=self.heads) for f in (self.k, self.v))
-        dropout = self.dropout if self.training else 0.0
+        sizes = [images * length for images, length in runs(lengths)]
         counts = [images for images, _ in runs(lengths)]
+        parts = [None] * len(sizes) if keys is None else keys.split(sizes)
         outs = []
-        for (images, length), rows, keys, values in zip(
-            runs(lengths), q.split([i * n for i, n in runs(lengths)]), k.split(counts), v.split(counts)
+        for (images, length), rows, part, ks, vs in zip(
+            runs(lengths), q.split(sizes), parts, k.split(counts), v.split(counts)
         ):
-            out = attend(rearrange(rows, "(b n) h d -> b n h d", b=images, n=length), keys, values, dropout)
+            own = None if part is None else part.view(images, length)
+            out = attend(rearrange(rows, "(b n) h d -> b n h d", b=images, n=length), ks, vs, self.dropout, own)
             outs.append(rearrange(out, "b n h d -> (b n) (h d)"))
-        return self.proj_drop(self.proj(torch.cat(outs)))
+        x = self.proj(torch.cat(outs))
+        return x if keys is None else drop(x, keys, 1, self.dropout)

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixar.model.attention import Attention, CrossAttention, Lengths
+from mixar.model.dropout import drop
 
 
 class Mlp(nn.Module):
@@ -13,10 +14,14 @@ class Mlp(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))
+    def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
+        """x [T, D] to [T, D]; keys as in `Attention`."""
+        hidden = F.gelu(self.fc1(x))
+        if keys is None:
+            return self.fc2(hidden)
+        return drop(self.fc2(drop(hidden, keys, 2, self.dropout)), keys, 3, self.dropout)
 
 
 class Block(nn.Module):
@@ -37,10 +42,14 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, int(width * mlp_ratio), dropout)
 
-    def forward(self, x: Tensor, lengths: Lengths, memory: Tensor | None) -> Tensor:
-        """x [T, D], packed images of `lengths`; memory [B, N, D'] under DC-CA: [T, D]."""
-        x = x + self.attn(self.norm1(x), lengths)
+    def forward(self, x: Tensor, lengths: Lengths, memory: Tensor | None, keys: Tensor | None) -> Tensor:
+        """x [T, D], packed images of `lengths`; memory [B, N, D'] under DC-CA: [T, D].
+
+        Args:
+            keys: int64 [T], this layer's key of each token, which decides what is dropped; None drops nothing.
+        """
+        x = x + self.attn(self.norm1(x), lengths, keys)
         if self.cross_attn is not None:
             assert memory is not None, "a block with cross-attention needs the memory of discrete tokens"
-            x = x + self.cross_attn(x, lengths, memory)
-        return x + self.mlp(self.norm2(x))
+            x = x + self.cross_attn(x, lengths, memory, None if keys is None else ~keys)  # keys of its own
+        return x + self.mlp(self.norm2(x), keys)

@@ -1,6 +1,6 @@
 """MixAR: MAR's encoder, decoder and diffusion head, with the discrete tokens entering in one of four ways."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from mixar.config import ModelConfig
 from mixar.mixing import Masking
 from mixar.model.blocks import Block
 from mixar.model.diffusion import Diffusion
+from mixar.model.dropout import token_keys
 from mixar.model.head import Head
 from mixar.ops import code_bits, mix_gather
 
@@ -26,9 +27,10 @@ def unpatchify(tokens: Tensor, patch: int) -> Tensor:
     return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=side, p=patch, q=patch)
 
 
-@dataclass
-class Losses:
+class Losses(NamedTuple):
     """The diffusion loss of a batch, per row so that it can be looked at by timestep and mask ratio.
+
+    A tuple, since sharding engines look for the tensors of a network's output, and see into no other class.
 
     Attributes:
         loss: [], the mean over an image's masked rows, then over images.
@@ -100,6 +102,10 @@ class MixAR(nn.Module):
             Block(width, heads, cfg.mlp_ratio, cfg.dropout, cfg.norm_eps, memory) for _ in range(depth)
         )
 
+    def blocks(self) -> dict[str, list[nn.Module]]:
+        """What engines recompute, compile and shard one by one."""
+        return {"backbone": [*self.encoder_blocks, *self.decoder_blocks], "head": [*self.diffloss.net.res_blocks]}
+
     @property
     def prefix(self) -> int:
         """Tokens before the continuous ones: S, and under DC-SA the N discrete tokens."""
@@ -132,13 +138,16 @@ class MixAR(nn.Module):
         s = self.config.class_tokens
         return torch.cat([positions[:, :s], getattr(self, codes_positions), positions[:, s:]], 1)
 
-    def encode(self, tokens: Tensor, classes: Tensor, masking: Masking, codes: Tensor | None) -> Tensor:
+    def encode(
+        self, tokens: Tensor, classes: Tensor, masking: Masking, codes: Tensor | None, keys: Tensor | None = None
+    ) -> Tensor:
         """The encoder over class tokens, DC-SA's prefix and the visible tokens.
 
         Args:
             tokens: [B, N, C]; what stands at masked positions is never used.
             classes: class embeddings [B, D].
             codes: int64 [B, N], negative where dropped; None under `guidance: none`.
+            keys: int64 [B], one an image, which decides what its dropout drops; None drops nothing.
 
         Returns:
             [T, D], packed as `masking.packed_rows(self.prefix)`.
@@ -149,15 +158,19 @@ class MixAR(nn.Module):
             parts.insert(1, self._code_embedding(codes))
         x = torch.cat([part.to(parts[-1].dtype) for part in parts], 1)
         x = x + self._with_codes(self.encoder_pos_embed_learned, "encoder_code_pos_embed_learned")
-        x = self.z_proj_ln(x.flatten(0, 1)[masking.packed_rows(self.prefix)])
+        rows = masking.packed_rows(self.prefix)
         lengths = tuple(self.prefix + v for v in masking.visible)
         memory = self._memory(codes)
-        for block in self.encoder_blocks:
-            x = block(x, lengths, memory)
+        width = x.shape[1]
+        x = self.z_proj_ln(x.flatten(0, 1)[rows])
+        for layer, block in enumerate(self.encoder_blocks):
+            x = block(x, lengths, memory, None if keys is None else token_keys(keys, width, layer).flatten()[rows])
         return self.encoder_norm(x)
 
-    def decode(self, encoded: Tensor, masking: Masking, codes: Tensor | None) -> Tensor:
-        """The decoder over all positions, up to its final norm's input: [B, N, D]."""
+    def decode(
+        self, encoded: Tensor, masking: Masking, codes: Tensor | None, keys: Tensor | None = None
+    ) -> Tensor:
+        """The decoder over all positions, up to its final norm's input: [B, N, D]. Arguments as in `encode`."""
         b, n = masking.masked.shape
         embedded = self.decoder_embed(encoded)
         if self.config.guidance == "dc_mix":
@@ -170,15 +183,16 @@ class MixAR(nn.Module):
         lengths = (self.prefix + n,) * b
         memory = self._memory(codes)
         x = x.flatten(0, 1)
-        for block in self.decoder_blocks:
-            x = block(x, lengths, memory)
+        for layer, block in enumerate(self.decoder_blocks, len(self.encoder_blocks)):
+            x = block(x, lengths, memory, None if keys is None else token_keys(keys, lengths[0], layer).flatten())
         return x.view(b, self.prefix + n, -1)[:, self.prefix :]
 
     def condition(
-        self, tokens: Tensor, classes: Tensor, masking: Masking, codes: Tensor | None, rows: Tensor
-    ) -> Tensor:
+        self, tokens: Tensor, classes: Tensor, masking: Masking, codes: Tensor | None, rows: Tensor,
+        keys: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """z [R, D], the head's condition at `rows` of the flattened [B*N] positions. Arguments as in `encode`."""
-        x = self.decode(self.encode(tokens, classes, masking, codes), masking, codes)
+        x = self.decode(self.encode(tokens, classes, masking, codes, keys), masking, codes, keys)
         z = self.decoder_norm(x.flatten(0, 1)[rows])
         return z + self.diffusion_pos_embed_learned[0, rows % self.config.tokens]
 
@@ -191,6 +205,7 @@ class MixAR(nn.Module):
         t: Tensor,
         noise: Tensor,
         drop: Tensor | None = None,
+        keys: Tensor | None = None,
     ) -> Losses:
         """The diffusion loss (Eq. 5) on the masked rows, each at `mul` noise levels.
 
@@ -201,9 +216,14 @@ class MixAR(nn.Module):
             t: int64 [mul, R] in 0..999 for the R masked rows.
             noise: ε [mul, R, C].
             drop: bool [B], where the class is dropped.
+            keys: as in `encode`; needed to train with dropout.
         """
+        if not self.training or self.config.dropout == 0:
+            keys = None
+        else:
+            assert keys is not None, "training with dropout needs a key an image"
         rows = masking.masked_rows
-        z = self.condition(tokens, self.class_embedding(labels, drop), masking, codes, rows)
+        z = self.condition(tokens, self.class_embedding(labels, drop), masking, codes, rows, keys)
         target = tokens.flatten(0, 1)[rows]
         mul = len(t)
         z, target = z.repeat(mul, 1), target.repeat(mul, 1)

@@ -1,33 +1,41 @@
 """What the trainer asks of a thing that can be trained, and the sums that its scalars are."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from mixar.data.batch import Batch
-
-Scalars = dict[str, Tensor]
+from mixar.engine import Scalars, Trainable
 
 
-class Objective(Protocol):
+class Objective(Trainable, Protocol):
     """A network to train, its loss, and what to show and to keep of it."""
-
-    def build(self) -> nn.Module:
-        """The network with its initial weights, on the CPU."""
-
-    def decays(self, name: str, parameter: nn.Parameter) -> bool:
-        """Whether weight decay acts on this parameter."""
-
-    def loss(self, model: nn.Module, batch: Batch, epoch: float) -> tuple[Tensor, Scalars]:
-        """The mean loss of the batch's images, and scalars as (sum, count)."""
 
     def preview(self, model: nn.Module) -> Tensor | None:
         """Images to look at, uint8 [k, 3, H, W], always of the same seeds; None where there is nothing to show."""
 
     def export(self, model: nn.Module, folder: Path, about: dict[str, Any]) -> None:
         """Write `model` as a release."""
+
+
+class Drawn:
+    """First values of a network that draws them when it is built."""
+
+    seed: int
+
+    def build(self) -> nn.Module:
+        raise NotImplementedError
+
+    def initial(self, name: str, like: Tensor) -> Tensor:
+        return self._values[name]
+
+    @cached_property
+    def _values(self) -> dict[str, Tensor]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return self.build().state_dict()
 
 
 def mean_of(values: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from mixar.codecs import VAE, Tokenizer, kl
 from mixar.config import Config, to_dict
 from mixar.data.batch import Batch
 from mixar.draws import Stream
-from mixar.objectives.base import Scalars, mean_of
+from mixar.engine import Scalars
+from mixar.objectives.base import Drawn, mean_of
 from mixar.weights import write_export
 
 
@@ -21,17 +22,17 @@ def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
     return F.l1_loss(output, target) + F.mse_loss(output, target)
 
 
-class CodecObjective:
+class CodecObjective(Drawn):
     """What both codecs share: images in, reconstructions to look at."""
 
     kind: str
 
     def __init__(self, cfg: Config, shown: Tensor) -> None:
         """`shown`: uint8 [k, 3, H, W], the images whose reconstructions a preview holds."""
-        self.cfg = cfg
+        self.cfg, self.seed = cfg, cfg.seed
         self.shown = shown
 
-    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+    def decays(self, name: str, parameter: Tensor) -> bool:
         return parameter.ndim > 1
 
     def reconstruct(self, model: nn.Module, images: Tensor) -> Tensor:
@@ -56,7 +57,6 @@ class VAEObjective(CodecObjective):
     kind = "vae"
 
     def build(self) -> nn.Module:
-        torch.manual_seed(self.cfg.seed)
         return VAE(self.cfg.vae)
 
     def loss(self, model: nn.Module, batch: Batch, epoch: float) -> tuple[Tensor, Scalars]:
@@ -82,7 +82,6 @@ class TokenizerObjective(CodecObjective):
     kind = "tokenizer"
 
     def build(self) -> nn.Module:
-        torch.manual_seed(self.cfg.seed)
         return Tokenizer(self.cfg.tokenizer)
 
     def loss(self, model: nn.Module, batch: Batch, epoch: float) -> tuple[Tensor, Scalars]:

@@ -12,11 +12,12 @@ from mixar.codecs import LatentNorm, load_tokenizer, load_vae, posterior
 from mixar.config import Config, to_dict
 from mixar.data.batch import Batch
 from mixar.draws import Stream
+from mixar.engine import Scalars
 from mixar.metrics import log
 from mixar.mixing import Masking, ground_truth_share, masked_counts, ti_mix
-from mixar.model import MixAR, init_weights, patchify
+from mixar.model import MixAR, initial_value, patchify
 from mixar.model.diffusion import STEPS
-from mixar.objectives.base import Scalars, mean_of, means_by_bucket
+from mixar.objectives.base import mean_of, means_by_bucket
 from mixar.prior import Prior, fill, load_prior
 from mixar.sampling import MixARPipeline
 from mixar.weights import write_export
@@ -40,13 +41,12 @@ class MixARObjective:
         self.prior: Prior | None = load_prior(cfg.prior, cfg.trust_pickle).to(device) if online else None
 
     def build(self) -> nn.Module:
-        with torch.device("meta"):
-            model = MixAR(self.cfg.model)
-        model.to_empty(device="cpu")
-        init_weights(model, self.cfg.seed)
-        return model
+        return MixAR(self.cfg.model)
 
-    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+    def initial(self, name: str, like: Tensor) -> Tensor:
+        return initial_value(name, like, self.cfg.seed)
+
+    def decays(self, name: str, parameter: Tensor) -> bool:
         # MAR's rule: no decay on vectors, nor anywhere in the diffusion head
         return parameter.ndim > 1 and not name.startswith("diffloss.")
 
@@ -62,7 +62,9 @@ class MixARObjective:
         noise = draws.normal(seed, Stream.NOISE, batch.index, mul, n, c)
         noise = rearrange(noise, "b mul n c -> mul (b n) c")[:, rows]
 
-        losses = model(self._tokens(batch), batch.labels, masking, codes, t, noise, drop)
+        keys = draws.bits(seed, Stream.DROPOUT, batch.index, 1)[:, 0]
+
+        losses = model(self._tokens(batch), batch.labels, masking, codes, t, noise, drop, keys)
 
         each = losses.mse + losses.vb
         ratio = masking.masked.float().mean(-1)[rows // n].expand_as(each)

@@ -11,23 +11,23 @@ from mixar.codecs import load_tokenizer
 from mixar.config import Config, to_dict
 from mixar.data.batch import Batch
 from mixar.draws import Stream
-from mixar.objectives.base import Scalars, mean_of
+from mixar.engine import Scalars
+from mixar.objectives.base import Drawn, mean_of
 from mixar.prior import Prior, keyed_draws, masked_loss, sample_codes, split_ids, training_mask
 from mixar.weights import write_export
 
 
-class PriorObjective:
+class PriorObjective(Drawn):
     """LFQBert's loss, every draw keyed by the sample's global index."""
 
     def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
+        self.cfg, self.seed = cfg, cfg.seed
         self.tokenizer = None if cfg.tokenizer.weights is None else load_tokenizer(cfg.tokenizer, cfg.trust_pickle)
 
     def build(self) -> nn.Module:
-        torch.manual_seed(self.cfg.seed)
         return Prior(self.cfg.prior)
 
-    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+    def decays(self, name: str, parameter: Tensor) -> bool:
         return True  # MaskBit decays everything
 
     def loss(self, model: nn.Module, batch: Batch, epoch: float) -> tuple[Tensor, Scalars]:

@@ -44,6 +44,10 @@ class Prior(nn.Module):
         nn.init.trunc_normal_(self.pos_emb, std=0.02)
         self.apply(_init_weights)
 
+    def blocks(self) -> dict[str, list[nn.Module]]:
+        """What engines recompute, compile and shard one by one."""
+        return {"backbone": [*self.transformer.get_submodule("layers").children()]}
+
     @property
     def mask_id(self) -> int:
         """The id of a masked sub-token: one past the last code of a split."""

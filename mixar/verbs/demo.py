@@ -68,7 +68,7 @@ class Demo:
 
     def __post_init__(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
-        self.device = dist.device()
+        self.device = dist.find().device
         self.precision = dist.fast_precision(self.device)
         whole = open_images(
             load_config(CONFIGS / "vae.yaml", [f"data.images={self.images}", "data.classes=100000"]).data

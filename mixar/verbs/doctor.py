@@ -89,7 +89,7 @@ def devices(cfg: Config | None) -> Iterator[Finding]:
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         yield Finding("ok", f"GPU {index}: {card.name}, {card.total_memory / 2**30:.0f} GiB")
-    device = dist.device()
+    device = dist.find().device
     if device.type == "cpu":
         build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU alone"
         yield Finding("note", f"torch, built for {build}, sees no GPU: everything runs on the CPU")

@@ -110,7 +110,7 @@ class Scorer:
         Raises:
             UserError: no such reference or extractor, or a crop of what is never cropped.
         """
-        extractor = make_extractor(args.extractor, dist.device())
+        extractor = make_extractor(args.extractor, dist.find().device)
         found = open_reference(args.reference, args.crop)
         reference = found if isinstance(found, Statistics) else accumulate(found, extractor, "reference")
         if args.save_statistics:

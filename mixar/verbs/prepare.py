@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     cfg = load_config(args.config, args.overrides + ["trust_pickle=true"] * args.trust_pickle)
-    device = dist.device()
+    device = dist.find().device
     vae, tokenizer = load_vae(cfg.vae, cfg.trust_pickle), load_tokenizer(cfg.tokenizer, cfg.trust_pickle)
     if args.verify:
         out = Path(cfg.data.shards) / "verify.png"

@@ -1,0 +1,45 @@
+"""What is done to a network's blocks before it is sharded: recompute their activations, compile them. In that order."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from mixar.config import EngineConfig
+
+
+def blocks_of(network: nn.Module, part: str | None = None) -> list[nn.Module]:
+    """The modules that are recomputed, compiled and sharded one by one, as the network declares them by its `blocks`.
+
+    Args:
+        part: `backbone` or `head`; None for both.
+    """
+    declared: Callable[[], dict[str, list[nn.Module]]] = getattr(network, "blocks", dict)
+    return [module for name, modules in declared().items() if part in (None, name) for module in modules]
+
+
+def prepare_blocks(network: nn.Module, cfg: EngineConfig) -> None:
+    """Recompute and compile as `cfg` says.
+
+    Only `forward` is replaced: names stay those of the plain network, and the hooks of sharding stay out of the graph.
+    """
+    again = {"none": [], "backbone": ["backbone"], "head": ["head"], "all": ["backbone", "head"]}[cfg.recompute]
+    recomputed = {id(module) for part in again for module in blocks_of(network, part)}
+    for module in blocks_of(network):
+        forward = module.forward
+        if id(module) in recomputed:
+            forward = _recomputing(forward)
+        if cfg.compile:
+            forward = torch.compile(forward, fullgraph=True)
+        module.forward = forward  # type: ignore[method-assign]
+
+
+def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def run(*inputs: Any) -> Any:
+        return checkpoint(forward, *inputs, use_reentrant=False)
+
+    return run

@@ -1,0 +1,146 @@
+"""Tensors of which each rank holds a run of elements, and torch.distributed.checkpoint's way to them.
+
+Whatever an engine shards by, rows or flat partitions, a rank's share of a tensor is one run of its flattened elements.
+Files hold the tensors in their own shapes, so that every engine, `mixar export` and torch's own tools read any of them.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+# said for every checkpoint of a lone process, which is just what is meant
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Elements `start` to `start + len(flat)` of a tensor of `shape`, flattened.
+
+    Attributes:
+        flat: 1-D, shares its memory with the engine's own tensor.
+    """
+
+    shape: torch.Size
+    start: int
+    flat: Tensor
+
+    def like(self, flat: Tensor) -> "Slice":
+        """The same elements of another tensor of this shape."""
+        return Slice(self.shape, self.start, flat)
+
+    def of(self, full: Tensor) -> Tensor:
+        """These elements of the whole tensor `full`."""
+        return full.reshape(-1)[self.start : self.start + len(self.flat)]
+
+    def blocks(self) -> dict[torch.Size, Tensor]:
+        """The slice as rectangles of the tensor, by their offsets: of a matrix a part of a row, whole rows, a part."""
+        found = {}
+        for begin, offsets, sizes in _rectangles(self.start, self.start + len(self.flat), tuple(self.shape)):
+            place = begin - self.start
+            found[torch.Size(offsets)] = self.flat[place : place + math.prod(sizes)].view(sizes)
+        return found
+
+
+def _rectangles(start: int, end: int, shape: tuple[int, ...]) -> Iterator[tuple[int, list[int], list[int]]]:
+    """Elements `start` to `end` of a tensor of `shape` as (first element, offsets, sizes), in order."""
+    if start >= end:
+        return
+    if not shape:
+        yield start, [], []
+        return
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), end // row  # the whole rows
+    if first > last:  # within one row
+        yield from _in_row(start, end, shape, last)
+        return
+    yield from _in_row(start, first * row, shape, first - 1)
+    if first < last:
+        yield first * row, [first, *[0] * (len(shape) - 1)], [last - first, *shape[1:]]
+    yield from _in_row(last * row, end, shape, last)
+
+
+def _in_row(start: int, end: int, shape: tuple[int, ...], row: int) -> Iterator[tuple[int, list[int], list[int]]]:
+    base = row * math.prod(shape[1:])
+    for begin, offsets, sizes in _rectangles(start - base, end - base, shape[1:]):
+        yield base + begin, [row, *offsets], [1, *sizes]
+
+
+class _SavePlanner(DefaultSavePlanner):
+    """Plans the writing of a state of slices; `dcp`'s default checks that they cover every tensor once."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def create_local_plan(self) -> SavePlan:
+        items = []
+        for name, piece in self.state_dict.items():
+            properties = TensorProperties.create_from_tensor(piece.flat)
+            for offsets, block in piece.blocks().items():
+                chunk = ChunkStorageMetadata(offsets, block.shape)
+                data = TensorWriteData(chunk, properties, piece.shape)
+                items.append(WriteItem(MetadataIndex(name, offsets), WriteItemType.SHARD, tensor_data=data))
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn].blocks()[index.offset]
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    """Plans the reading into slices, however the file is cut."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def set_up_planner(self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False) -> None:
+        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
+
+    def create_local_plan(self) -> LoadPlan:
+        items: list[ReadItem] = []
+        assert self.metadata is not None
+        for name, piece in self.state_dict.items():
+            saved = self.metadata.state_dict_metadata.get(name)
+            if not isinstance(saved, TensorStorageMetadata) or saved.size != piece.shape:
+                found = list(saved.size) if isinstance(saved, TensorStorageMetadata) else "nothing"
+                raise ValueError(f"it holds {found} as {name}, the model has {list(piece.shape)}")
+            chunks = [ChunkStorageMetadata(offsets, block.shape) for offsets, block in piece.blocks().items()]
+            items += create_read_items_for_chunk_list(name, saved, chunks)
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        assert index.offset is not None
+        return self.state_dict[index.fqn].blocks()[index.offset]
+
+
+def save_slices(state: Mapping[str, Slice], folder: Path, group: Any = None) -> None:
+    """Write `state` below `folder`, each rank of `group` its own slices; a collective, unless there is no group.
+
+    Raises:
+        CheckpointException: on every rank, when any of them cannot write.
+    """
+    dcp.save(dict(state), checkpoint_id=folder, planner=_SavePlanner(), process_group=group, no_dist=group is None)
+
+
+def load_slices(state: Mapping[str, Slice], folder: Path, group: Any = None) -> None:
+    """Fill the slices of `state` from `folder`, whatever engine and number of ranks wrote it; a collective as `save`.
+
+    Raises:
+        CheckpointException: on every rank, when any of them finds a damaged file, or one of another model.
+    """
+    dcp.load(dict(state), checkpoint_id=folder, planner=_LoadPlanner(), process_group=group, no_dist=group is None)

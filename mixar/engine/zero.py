@@ -1,0 +1,188 @@
+"""DeepSpeed's ZeRO: the moments (1), also the gradients (2), also the weights (3) in flat partitions of the ranks."""
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as c10d
+from torch import Tensor
+
+from mixar import dist
+from mixar.config import Config
+from mixar.dist import Place
+from mixar.engine.base import MOMENTS, Engine, Trainable
+from mixar.engine.blocks import prepare_blocks
+from mixar.engine.optim import build_optimizer
+from mixar.engine.slices import Slice
+from mixar.errors import UserError
+
+SETTINGS = "deepspeed.json"  # the configuration that DeepSpeed got, in the run directory
+
+
+def deepspeed_settings(cfg: Config, stage: int, world: int) -> dict[str, Any]:
+    """DeepSpeed's configuration of a run: ours, with the user's file at `engine.deepspeed` merged over it.
+
+    Raises:
+        UserError: no such file, or one that contradicts the config.
+    """
+    micro = cfg.train.micro_batch or cfg.train.batch // world
+    ours: dict[str, Any] = {
+        "train_batch_size": cfg.train.batch,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": cfg.train.batch // (micro * world),
+        "gradient_clipping": cfg.optim.clip,  # without it DeepSpeed clips at 1
+        "zero_optimization": {"stage": stage},
+        # weights, gradients and their sums stay float32; without the empty list both would travel in bf16
+        "torch_autocast": {
+            "enabled": cfg.train.precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": [],
+        },
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+    }  # fmt: skip
+    if cfg.engine.deepspeed is None:
+        return ours
+    file = Path(cfg.engine.deepspeed)
+    try:
+        theirs = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"engine.deepspeed={file} cannot be read ({error}): write the path of a JSON file") from None
+    return _merged(ours, theirs, file)
+
+
+# what another key of the config decides: a file that says otherwise would be silently right or silently wrong
+_DECIDED = {
+    "train_batch_size": "train.batch",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.micro_batch",
+    "gradient_clipping": "optim.clip",
+    "zero_optimization.stage": "engine.name",
+    "torch_autocast.enabled": "train.precision",
+}
+_OURS = {"optimizer": "optim", "scheduler": "optim", "bf16": "train.precision", "fp16": "train.precision"}
+
+
+def _merged(ours: dict[str, Any], theirs: dict[str, Any], file: Path, prefix: str = "") -> dict[str, Any]:
+    merged = dict(ours)
+    for key, value in theirs.items():
+        name = prefix + key
+        if name in _OURS:
+            raise UserError(f"{file} has '{name}', which {_OURS[name]} decides: take it out, and write {_OURS[name]}")
+        if value == "auto":
+            continue
+        if name in _DECIDED and value != ours[key]:
+            raise UserError(
+                f"{file} says {name}={value}, the config's {_DECIDED[name]} makes it {ours[key]}: "
+                f"write {_DECIDED[name]} on the command line, and take {name} out of the file"
+            )
+        both = isinstance(value, dict) and isinstance(ours.get(key), dict)
+        merged[key] = _merged(ours[key], value, file, f"{name}.") if both else value
+    return merged
+
+
+class ZeroEngine(Engine):
+    """ZeRO under the same AdamW and the same checkpoints as the other engines; DeepSpeed's own are not used."""
+
+    def __init__(
+        self, cfg: Config, task: Trainable, lr: Callable[[float], float], place: Place, stage: int,
+        run_dir: Path,
+    ) -> None:  # fmt: skip
+        super().__init__(cfg, lr, task.loss, place)
+        self.stage = stage
+        settings = dist.on_main(place, lambda: deepspeed_settings(cfg, stage, place.world))
+        if place.is_main:
+            (run_dir / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+        deepspeed = _import(place, cfg.engine.timeout)
+        self.peers = c10d.group.WORLD
+        if stage == 3:
+            # each parameter is cut as soon as it exists, so that no rank ever holds the whole network
+            with deepspeed.zero.Init(config_dict_or_path=settings):
+                network = task.build()
+        else:
+            with torch.device("meta"):
+                network = task.build()
+            network.to_empty(device=place.device)
+        prepare_blocks(network, cfg.engine)
+        named: dict[str, Any] = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        shapes = {name: torch.Size(getattr(p, "ds_shape", p.shape)) for name, p in named.items()}
+        like = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        optimizer = build_optimizer(dict(named), cfg.optim, lambda name: task.decays(name, like[name]))
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=network, optimizer=optimizer, config=settings, dist_init_required=False
+        )
+        self.model, self.zero = self.deepspeed, self.deepspeed.optimizer
+        self.shapes = shapes
+        self.buffers = dict(network.named_buffers())
+        self.named = named
+        self.optimizer = optimizer
+        places = self._rows_places() if stage == 3 else self._flat_places()
+        self.slices, self.moments = {}, {moment: {} for moment in MOMENTS}
+        for name, (flat, offset, start, length) in places.items():
+            if flat not in optimizer.state:
+                zeros = {moment: torch.zeros_like(flat) for moment in MOMENTS}
+                optimizer.state[flat] = {"step": torch.zeros((), device=place.device), **zeros}
+            self.slices[name] = Slice(shapes[name], start, flat.detach()[offset : offset + length])
+            for moment in MOMENTS:
+                self.moments[moment][name] = optimizer.state[flat][moment][offset : offset + length]
+        self._begin(task)
+
+    def _rows_places(self) -> dict[str, tuple[Tensor, int, int, int]]:
+        """Stage 3 cuts each parameter by itself. By name: the flat partition it lies in, where, from which element of
+        the parameter, how many."""
+        places = {}
+        rank = self.place.rank
+        for name, p in self.named.items():
+            group, offset, _ = self.zero.grad_position[self.zero.get_param_id(p)]
+            start = rank * p.partition_numel()
+            length = min(p.partition_numel(), p.ds_numel - start)  # the last partitions are padded
+            if length > 0:
+                places[name] = (self.zero.fp32_partitioned_groups_flat[group], offset, start, length)
+        return places
+
+    def _flat_places(self) -> dict[str, tuple[Tensor, int, int, int]]:
+        """Stages 1 and 2 cut the row of all parameters of a group. By name, as in `_rows_places`."""
+        places, names = {}, {id(p): name for name, p in self.named.items()}
+        for group, flat in zip(self.zero.round_robin_bit16_groups, self.zero.single_partition_of_fp32_groups):
+            first, begin = self.place.rank * len(flat), 0
+            for p in group:
+                start, end = max(begin, first), min(begin + p.numel(), first + len(flat))
+                if start < end:
+                    places[names[id(p)]] = (flat, start - first, start - begin, end - start)
+                begin += p.numel()
+        return places
+
+    def _backward(self, loss: Tensor, count: int) -> None:
+        self.deepspeed.backward(loss)
+        self.deepspeed.step()  # steps once the micro-batches are complete, and takes no step that is not finite
+
+    def _update(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        device = self.place.device
+        norm = torch.as_tensor(self.deepspeed.get_global_grad_norm(), dtype=torch.float32, device=device)
+        return norm, torch.full((), float(not self.zero.overflow), device=device)
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        for state in self.optimizer.state.values():
+            state["step"].copy_(self.updates.squeeze())
+        if self.stage < 3:
+            self.zero.update_lp_params()
+            return
+        for name, piece in self.slices.items():
+            self.named[name].ds_tensor.view(-1)[: len(piece.flat)].copy_(piece.flat)
+
+
+def _import(place: Place, timeout: float) -> Any:
+    """DeepSpeed, over the process group that there is."""
+    os.environ.setdefault("DS_ACCELERATOR", place.device.type)
+    os.environ.setdefault("LOCAL_RANK", str(place.local_rank))
+    dist.join(place, timeout)
+    import deepspeed  # takes seconds, and only these engines need it
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # on a CPU it would compile a kernel, for a minute, that nothing here calls
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
+    return deepspeed

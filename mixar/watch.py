@@ -1,0 +1,81 @@
+"""What a run hears from outside, and what it tells when it hangs."""
+
+import signal
+import sys
+import threading
+import traceback
+from contextlib import AbstractContextManager
+from types import FrameType, TracebackType
+from typing import Any
+
+from mixar.metrics import log
+
+STOPPING = (signal.SIGTERM, signal.SIGUSR2)  # what schedulers send before they end a job
+
+
+class Signals(AbstractContextManager):
+    """Takes the signals that ask for an end, so that a run can end between two steps. Put back on leaving.
+
+    Attributes:
+        caught: the name of the signal that came, None before.
+    """
+
+    def __init__(self) -> None:
+        self.caught: str | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Signals":
+        if threading.current_thread() is threading.main_thread():  # python gives signals to no other
+            self._before = {number: signal.signal(number, self._take) for number in STOPPING}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        self.caught = signal.Signals(number).name
+
+
+class Watchdog(AbstractContextManager):
+    """Logs where every thread of this rank stands when no `beat` came for `timeout` seconds.
+
+    It ends nothing: the others' collectives run out a little later, and the launcher ends the rank that hangs.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self._step: int | None = None
+        self._beaten, self._over = threading.Event(), False
+
+    def __enter__(self) -> "Watchdog":
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over = True
+        self._beaten.set()
+
+    def beat(self, step: int) -> None:
+        """Step `step` begins."""
+        self._step = step
+        self._beaten.set()
+
+    def _watch(self) -> None:
+        while not self._over:
+            if self._beaten.wait(self.timeout):
+                self._beaten.clear()
+                continue
+            log.error("no step in %g s since step %s began; the threads of this rank:\n%s", self.timeout, self._step,
+                      _stacks())  # fmt: skip
+            self._beaten.wait()  # told once
+
+
+def _stacks() -> str:
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    frames = sys._current_frames().items()
+    return "\n".join(f"{names.get(i, i)}:\n{''.join(traceback.format_stack(frame))}" for i, frame in frames)
