@@ -1,0 +1,65 @@
+"""What autograd keeps of a forward for the backward, from the architecture.
+
+The dtypes are those of autocast on CUDA: matrices in bf16, layer norms in float32, dropout masks one byte a value, and
+attention keeps no probabilities.
+"""
+
+from mixar.config import ModelConfig
+from mixar.model.head import TimestepEmbedder
+from mixar.plan.work import Tokens
+
+_F32 = 4
+_STATISTICS = 2 * _F32  # mean and inverse deviation of a layer norm, a token
+
+
+def activation_bytes(cfg: ModelConfig, tokens: Tokens, precision: str, recompute: str) -> dict[str, float]:
+    """Bytes an image that the backbone and the head keep, without weights and without autocast's copies of them.
+
+    With `recompute` a part keeps the inputs of its blocks, and all of one block at a time.
+    """
+    e = 2 if precision == "bf16" else 4
+    enc, dec, w = cfg.encoder_width, cfg.decoder_width, cfg.head_width
+
+    encoder = _block(cfg, enc, cfg.encoder_heads, tokens.encoder, e)
+    decoder = _block(cfg, dec, cfg.decoder_heads, tokens.decoder, e)
+    backbone = (
+        _kept(cfg.encoder_depth, encoder, _F32 * enc * tokens.encoder, recompute in ("backbone", "all"))
+        + _kept(cfg.decoder_depth, decoder, _F32 * dec * tokens.decoder, recompute in ("backbone", "all"))
+        + cfg.tokens * e * cfg.token_dim  # input of z_proj
+        + tokens.encoder * (2 * (_F32 * enc + _STATISTICS) + e * enc)  # z_proj_ln, encoder_norm, input of decoder_embed
+        + tokens.masked * (_F32 * dec + _STATISTICS)  # decoder_norm
+        + _memory(cfg, e)
+    )
+
+    # silu(y), shift | scale | gate, 1 + scale, input of the first linear, of silu, of the second linear, its output
+    residual = 9 * e * w + 2 * _F32 * w + _STATISTICS  # and the norm's input and output
+    inputs = e * (cfg.token_dim + dec + TimestepEmbedder.features + 2 * w) + e * w  # of the embeddings; their sum y
+    final = 2 * e * w + 3 * _F32 * w + _STATISTICS
+    # the loss, in float32: 13 values and two flags a channel, 14 values a row
+    loss = (13 * _F32 + 2) * cfg.token_dim + 14 * _F32
+    head = tokens.rows * (_kept(cfg.head_depth, residual, e * w, recompute in ("head", "all")) + inputs + final + loss)
+    return {"backbone": backbone, "head": head}
+
+
+def _kept(depth: int, block: float, inputs: float, recomputed: bool) -> float:
+    return depth * inputs + block if recomputed else depth * block
+
+
+def _block(cfg: ModelConfig, width: int, heads: int, tokens: float, e: int) -> float:
+    """Bytes an image of a backbone block on `tokens` tokens, `e` bytes a value of autocast's dtype."""
+    mask = int(cfg.dropout > 0)
+    hidden = int(width * cfg.mlp_ratio)
+    norms = 2 * (_F32 * width + _STATISTICS) + 2 * e * width
+    attended = 2 * e * width + _F32 * heads + mask * width  # output, the same packed, log-sum-exp, dropout mask
+    bytes_a_token = norms + 3 * e * width + attended + 2 * e * hidden + mask * (hidden + width)
+    if cfg.guidance != "dc_ca":
+        return tokens * bytes_a_token
+    crossed = tokens * (2 * e * width + attended) + cfg.tokens * 2 * e * width  # input and queries; keys and values
+    casts = cfg.tokens * 2 * e * cfg.encoder_width if e == 2 else 0  # of the memory, for keys and for values
+    return tokens * bytes_a_token + crossed + casts
+
+
+def _memory(cfg: ModelConfig, e: int) -> float:
+    """Bytes an image of DC-CA's memory, made once for the encoder and once for the decoder."""
+    kept = 1 if e == 2 else 2  # the input of its norm; in float32 the output as well, which no block has to cast
+    return 2 * cfg.tokens * kept * _F32 * cfg.encoder_width if cfg.guidance == "dc_ca" else 0

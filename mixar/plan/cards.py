@@ -1,0 +1,24 @@
+"""What the makers say of their cards. Figures of the SXM form, dense, a card's share where a node is specified."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Card:
+    """One GPU in a node of eight."""
+
+    memory: float  # bytes; nominal GB as 10^9, which leaves 5-9 % of the 2^30 ones for CUDA, NCCL and fragments
+    bf16: float  # FLOP/s of the tensor cores
+    fp32: float  # FLOP/s outside of them, where torch computes float32
+    nvlink: float  # bytes/s in one direction
+    network: float  # bytes/s in one direction, out of the node
+
+
+GPUS_A_NODE = 8
+
+CARDS = {
+    "h100": Card(memory=80e9, bf16=989e12, fp32=67e12, nvlink=450e9, network=50e9),
+    "h200": Card(memory=141e9, bf16=989e12, fp32=67e12, nvlink=450e9, network=50e9),
+    "a100": Card(memory=80e9, bf16=312e12, fp32=19.5e12, nvlink=300e9, network=25e9),
+    "b200": Card(memory=180e9, bf16=2250e12, fp32=80e12, nvlink=900e9, network=50e9),
+}

@@ -1,0 +1,205 @@
+"""What a rank holds, moves and does in a step under each engine. Nothing here has been measured on a GPU."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mixar.config import ENGINES, Config
+from mixar.errors import UserError
+from mixar.model import MixAR
+from mixar.plan.activations import activation_bytes
+from mixar.plan.cards import GPUS_A_NODE, Card
+from mixar.plan.work import Tokens, matrices
+
+UTILISATION = {False: 0.17, True: 0.35}  # share of the card's peak, without and with `engine.compile`
+OVERLAP = 0.7  # share of the communication that can hide behind the computation
+LINK = 0.8  # share of a link's specified bandwidth
+DEEPSPEED_BUCKET = 500_000_000  # values of gradients in flight: DeepSpeed's default of reduce_bucket_size
+DEEPSPEED_LIVE = 1_000_000_000  # values of weights gathered at a time: its default of stage3_max_live_parameters
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Values of the trained model's parts."""
+
+    parameters: int
+    blocks: int  # in the units that FSDP shards: backbone blocks and the head's residual blocks
+    largest: int  # the largest of them
+    matrices: int  # what autocast copies to bf16
+    root_matrices: int  # those outside of the units
+
+    @property
+    def root(self) -> int:
+        return self.parameters - self.blocks
+
+    @classmethod
+    def of(cls, model: MixAR) -> "Sizes":
+        """Counted; the model may be on the meta device."""
+        units = [*model.encoder_blocks, *model.decoder_blocks, *model.diffloss.net.res_blocks]
+        sizes = [sum(p.numel() for p in unit.parameters()) for unit in units]
+        copied = sum(matrices(model).values())
+        inside = sum(sum(matrices(unit).values()) for unit in units)
+        return cls(sum(p.numel() for p in model.parameters()), sum(sizes), max(sizes), copied, copied - inside)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A run over `gpus` ranks, whole nodes of eight where there is more than one."""
+
+    cfg: Config
+    gpus: int
+    micro: int  # images a rank and pass
+    sizes: Sizes
+    tokens: Tokens
+    frozen: int  # values of the prior, 0 where the step does not run it
+
+    @property
+    def nodes(self) -> int:
+        return math.ceil(self.gpus / GPUS_A_NODE)
+
+    @property
+    def passes(self) -> int:
+        """Micro-batches a step."""
+        return self.cfg.train.batch // (self.gpus * self.micro)
+
+    def engine(self, launcher: str) -> str:
+        """The engine that a run takes under a launcher, torchrun or deepspeed."""
+        if self.cfg.engine.name is not None or self.gpus == 1:
+            return self.cfg.engine.name or "ddp"
+        if launcher == "deepspeed":
+            return "zero3"
+        return "fsdp" if self.nodes == 1 else "hsdp"
+
+    def memory(self, engine: str) -> dict[str, int]:
+        """Bytes a rank by part, at their peaks, and their sum: more than what is ever held at once."""
+        s, bf16 = self.sizes, self.cfg.train.precision == "bf16"
+        whole, copied = s.parameters, s.matrices * bf16
+        part = math.ceil(whole / (self.gpus // self.nodes if engine == "hsdp" else self.gpus))
+        gathered = 0  # bytes
+        if engine == "ddp":
+            weights = gradients = states = whole
+        elif engine in ("fsdp", "hsdp"):
+            weights = states = part
+            # accumulated gradients are whole until the last pass; else only those of the block at work are
+            gradients = whole if self.passes > 1 else part + s.largest
+            # the root in float32; blocks in the dtype of the forward, all of them or one at work and the next
+            blocks = s.blocks if engine == "hsdp" else min(2 * s.largest, s.blocks)
+            gathered, copied = 4 * s.root + (2 if bf16 else 4) * blocks, s.root_matrices * bf16
+        else:
+            # stages 1 and 2 step a copy of their part of the weights, also where these are float32
+            weights = part if engine == "zero3" else whole + part
+            gradients = (whole if engine == "zero1" else part) + DEEPSPEED_BUCKET
+            states = part
+            gathered = 4 * min(whole, DEEPSPEED_LIVE) if engine == "zero3" else 0
+        kept = activation_bytes(self.cfg.model, self.tokens, self.cfg.train.precision, self.cfg.engine.recompute)
+        memory = {
+            "weights": 4 * weights,
+            "gradients": 4 * gradients,
+            "adam": 8 * states,
+            "ema": 4 * states,
+            "gathered": gathered,
+            "bf16_copies": 2 * copied,
+            "prior": 4 * self.frozen,
+            "activations": round(self.micro * sum(kept.values())),
+        }
+        return memory | {"total": sum(memory.values())}
+
+    def moved(self, engine: str) -> dict[str, float]:
+        """Bytes that a rank sends in a step, within its node and out of it.
+
+        Of S bytes a ring of n sends (n-1)/n for an all-gather or a reduce-scatter and twice that for an all-reduce. A
+        ring over several nodes leaves each of them once, which its GPUs share.
+        """
+        s, k = self.sizes, self.passes
+        local = self.gpus // self.nodes
+        whole = 4.0 * s.parameters
+        blocks, root = (2 if self.cfg.train.precision == "bf16" else 4) * s.blocks, 4 * s.root
+        if engine == "hsdp":  # a gather a pass, a reduce-scatter; all-reduce of the parts between the nodes
+            within = (local - 1) / local * (k * (blocks + root) + whole)
+            return {"within": within, "across": 2 * (self.nodes - 1) / self.nodes * whole / local}
+        sent = {
+            "ddp": 2 * whole,  # all-reduce
+            "fsdp": k * (2 * blocks + root) + whole,  # gathers forward and, of blocks, backward; reduce-scatter
+            "zero1": 2 * whole,  # reduce-scatter of the gradients, gather of the stepped weights
+            "zero2": (k + 1) * whole,  # the same, with a reduce-scatter a pass
+            "zero3": 3 * k * whole,  # gathers forward and backward and a reduce-scatter a pass
+        }[engine] * (self.gpus - 1) / self.gpus  # fmt: skip
+        across = sent / local if self.nodes > 1 else 0.0
+        return {"within": sent - across, "across": across}
+
+    def seconds(self, moved: dict[str, float], flops: float, card: Card) -> float:
+        """A step: its computation at `UTILISATION`, and the communication that does not hide behind it.
+
+        Args:
+            flops: executed for an image.
+        """
+        peak = card.bf16 if self.cfg.train.precision == "bf16" else card.fp32
+        work = self.passes * self.micro * flops / (peak * UTILISATION[self.cfg.engine.compile])
+        talk = moved["within"] / (card.nvlink * LINK) + moved["across"] / (card.network * LINK)
+        return work + talk - min(OVERLAP * talk, work)
+
+    def mends(self, engine: str, card: Card) -> list[str]:
+        """Changes of the config that make the engine fit the card, as text to type."""
+        group = self.cfg.mask.group if self.cfg.mask.ratio_scope == "image" else 1
+        smaller = [m for m in range(self.micro - 1, 0, -1) if self.micro % m == 0 and m % group == 0]
+        small = [f"train.micro_batch={m}" for m in smaller if replace(self, micro=m)._fits(engine, card)]
+        recomputing = {
+            parts: replace(self, cfg=replace(self.cfg, engine=replace(self.cfg.engine, recompute=parts)))
+            for parts in ("head", "backbone", "all")
+        }
+        again = [f"engine.recompute={parts}" for parts, run in recomputing.items() if run._fits(engine, card)]
+        return small[:1] + again[:1]
+
+    def _fits(self, engine: str, card: Card) -> bool:
+        return self.memory(engine)["total"] <= card.memory
+
+
+def lay_out(cfg: Config, model: MixAR, tokens: Tokens, frozen: int, gpus: int) -> Layout:
+    """The run on so many GPUs.
+
+    Args:
+        frozen: values of the prior, 0 where the step does not run it.
+
+    Raises:
+        UserError: GPUs that fill no whole nodes, or a batch that does not divide over them.
+    """
+    if gpus < 1 or (gpus > GPUS_A_NODE and gpus % GPUS_A_NODE):
+        nodes = max(1, round(gpus / GPUS_A_NODE))
+        raise UserError(f"--gpus {gpus} fills no whole nodes of {GPUS_A_NODE}: write --gpus {nodes * GPUS_A_NODE}")
+    batch, micro = cfg.train.batch, cfg.train.micro_batch
+    if batch % gpus:
+        raise UserError(
+            f"train.batch={batch} does not divide over {gpus} GPUs: write train.batch={math.ceil(batch / gpus) * gpus}"
+        )
+    share = batch // gpus
+    micro = micro or share
+    if share % micro:
+        raise UserError(
+            f"train.micro_batch={micro} does not divide the {share} images of each of {gpus} GPUs: "
+            f"write train.micro_batch={math.gcd(micro, share)}"
+        )
+    if cfg.mask.ratio_scope == "image" and micro % cfg.mask.group:
+        raise UserError(
+            f"mask.group={cfg.mask.group} does not divide the micro-batch {micro} on {gpus} GPUs: "
+            f"write mask.group={math.gcd(cfg.mask.group, micro)}"
+        )
+    return Layout(cfg, gpus, micro, Sizes.of(model), tokens, frozen)
+
+
+def engine_plans(layout: Layout, card: Card, flops: float, steps: int | None) -> dict[str, dict[str, Any]]:
+    """Memory, bytes moved, speed and length under each engine.
+
+    Args:
+        flops: executed for an image.
+        steps: of the whole run.
+    """
+    plans: dict[str, dict[str, Any]] = {}
+    for engine in ENGINES:
+        plan = plans[engine] = {"memory": layout.memory(engine), "moved": layout.moved(engine)}
+        if plan["memory"]["total"] > card.memory:
+            plan |= {"fits": False, "mends": layout.mends(engine, card)}
+            continue
+        seconds = layout.seconds(plan["moved"], flops, card)
+        plan |= {"fits": True, "step_seconds": seconds, "images_per_second": layout.cfg.train.batch / seconds}
+        plan["days"] = None if steps is None else steps * seconds / 86400
+    return plans

@@ -1,0 +1,96 @@
+"""A plan as plain values, from the config and the model on the meta device: nothing is allocated, nothing started."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from mixar.codecs import VAE, Tokenizer
+from mixar.config import Config
+from mixar.data.manifest import read_manifest
+from mixar.errors import UserError
+from mixar.model import MixAR
+from mixar.plan.cards import CARDS
+from mixar.plan.engines import engine_plans, lay_out
+from mixar.plan.text import assumptions
+from mixar.plan.work import mean_tokens, prior_flops, prior_share, training_flops
+from mixar.prior import Prior
+
+_COPIES = {"weights": 1, "gradients": 1, "adam": 2, "ema": 1}  # float32 values held for each parameter
+
+
+def parameter_count(cfg: Config) -> int:
+    """Trained parameters of the run, counted on the meta device."""
+    return _values(_build(cfg, cfg.task))
+
+
+def make_plan(cfg: Config, images: int | None = None, gpus: int | None = None, card: str = "h100") -> dict[str, Any]:
+    """Figures of a run.
+
+    Args:
+        images: of the set; by default what the shards' manifest says, else `data.count`.
+        gpus: lay the run out over so many, under every engine.
+        card: one of `CARDS`.
+
+    Returns:
+        plain values. `memory` in bytes for one process, without activations; `flops` of a training image; with
+        `gpus` also the layout, `engines`, in bytes a rank, bytes a rank and step, seconds, images/s and days, and the
+        `assumptions` behind them.
+
+    Raises:
+        UserError: a batch that does not divide over the GPUs; GPUs for a task other than mixar.
+    """
+    model = _build(cfg, cfg.task)
+    parameters = _values(model)
+    images = images or _images(cfg)
+    steps = None if images is None else -int(-cfg.train.epochs * images // cfg.train.batch)
+    plan: dict[str, Any] = {
+        "task": cfg.task,
+        "parameters": parameters,
+        "images": images,
+        "epochs": cfg.train.epochs,
+        "batch": cfg.train.batch,
+        "steps": steps,
+        "memory": {name: 4 * copies * parameters for name, copies in _COPIES.items()},
+    }
+    plan["memory"]["total"] = sum(plan["memory"].values())
+    if not isinstance(model, MixAR):
+        if gpus is not None:
+            raise UserError(f"--gpus lays out task=mixar only, this config has task={cfg.task}: leave --gpus out")
+        return plan
+
+    tokens, share = mean_tokens(cfg), prior_share(cfg)
+    plan["guidance"] = cfg.model.guidance
+    plan |= {"encoder_tokens": round(tokens.encoder, 1), "decoder_tokens": tokens.decoder}
+    prior = _build(cfg, "prior") if share else None
+    drawn = {"prior": share * prior_flops(prior)} if isinstance(prior, Prior) else {}
+    plan["flops"] = training_flops(model, tokens) | drawn
+    plan["flops"]["total"] = sum(plan["flops"].values())
+    if gpus is not None:
+        layout = lay_out(cfg, model, tokens, _values(prior) if prior else 0, gpus)
+        executed = sum(training_flops(model, tokens, cfg.engine.recompute).values()) + sum(drawn.values())
+        plan |= {"card": card, "gpus": gpus, "nodes": layout.nodes, "micro_batch": layout.micro}
+        plan["passes"] = layout.passes
+        plan["chosen"] = {launcher: layout.engine(launcher) for launcher in ("torchrun", "deepspeed")}
+        plan["engines"] = engine_plans(layout, CARDS[card], executed, steps)
+        plan["assumptions"] = assumptions(card, cfg.engine.compile, cfg.train.precision)
+    return plan
+
+
+def _build(cfg: Config, task: str) -> nn.Module:
+    with torch.device("meta"):
+        return {
+            "mixar": lambda: MixAR(cfg.model), "prior": lambda: Prior(cfg.prior),
+            "vae": lambda: VAE(cfg.vae), "tokenizer": lambda: Tokenizer(cfg.tokenizer),
+        }[task]()  # fmt: skip
+
+
+def _values(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _images(cfg: Config) -> int | None:
+    try:
+        return read_manifest(cfg.data.shards, cfg.data.cache).count
+    except UserError:
+        return cfg.data.count  # no shards yet

@@ -1,0 +1,93 @@
+"""A plan as lines to read, its assumptions among them."""
+
+from typing import Any
+
+from mixar.plan.cards import CARDS, GPUS_A_NODE
+from mixar.plan.engines import DEEPSPEED_BUCKET, DEEPSPEED_LIVE, LINK, OVERLAP, UTILISATION
+
+_WIDTH = 15  # of a name
+_PARTS = ("weights", "gradients", "adam", "ema", "gathered", "bf16_copies", "prior", "activations", "total")
+
+
+def render(plan: dict[str, Any]) -> str:
+    """A plan as lines to read."""
+    lines = []
+    for name, value in plan.items():
+        if name in ("chosen", "engines", "assumptions"):
+            continue
+        if name == "memory":
+            parts = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in value.items())
+            value = f"{parts} GiB in one process, without activations"
+        elif name == "flops":
+            parts = ", ".join(f"{part} {size / 1e12:.3f}" for part, size in value.items())
+            value = f"{parts} TFLOP an image, forward and backward"
+        elif value is None:
+            value = "unknown: write data.count=<images>, or prepare the shards first"
+        elif isinstance(value, int):
+            value = f"{value:,}"
+        lines.append(f"  {name:<{_WIDTH}} {value}")
+    if "engines" in plan:
+        lines += ["", *_table(plan), "", *_conclusions(plan), "", "assumptions, none of them measured here"]
+        lines += [f"  - {line}" for line in plan["assumptions"]]
+    return "plan\n" + "\n".join(lines)
+
+
+def _table(plan: dict[str, Any]) -> list[str]:
+    """One row an engine."""
+    rows = [["engine", *(part.replace("_", " ") for part in _PARTS), "in node", "across", "planned speed"]]
+    for name, engine in plan["engines"].items():
+        parts = [engine["memory"][part] for part in _PARTS]
+        moved = [engine["moved"][where] for where in ("within", "across")]
+        rows.append([name, *(f"{size / 1e9:.2f}" for size in parts + moved), _speed(plan, engine)])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    told = "  GB a rank holds, at the peak of each part; GB it sends in a step, inside its node and across nodes"
+    return [told, *("  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)]
+
+
+def _speed(plan: dict[str, Any], engine: dict[str, Any]) -> str:
+    if not engine["fits"]:
+        return f"does not fit: {engine['memory']['total'] / 1e9:.0f} of {CARDS[plan['card']].memory / 1e9:.0f} GB"
+    days = "" if engine["days"] is None else f", {engine['days']:.2f} days"
+    return f"{engine['images_per_second']:,.0f} images/s{days}"
+
+
+def _conclusions(plan: dict[str, Any]) -> list[str]:
+    """Which engine a run takes, and what would make the others fit."""
+    chosen, engines = plan["chosen"], plan["engines"]
+    if chosen["torchrun"] == chosen["deepspeed"]:
+        lines = [f"  this run takes {chosen['torchrun']}"]
+    else:
+        lines = [f"  torchrun and srun take {chosen['torchrun']}, the deepspeed launcher takes {chosen['deepspeed']}"]
+    fitting = [name for name, engine in engines.items() if engine["fits"]]
+    for name, engine in engines.items():
+        if not engine["fits"]:
+            mends = engine["mends"] + [f"engine.name={other}" for other in fitting[:1]]
+            lines.append(f"  {name} would fit with {' or '.join(mends) or 'more memory a card only'}")
+    return lines
+
+
+def assumptions(card_name: str, compiled: bool, precision: str) -> list[str]:
+    """What the figures of a plan with GPUs rest on."""
+    card = CARDS[card_name]
+    peak = card.bf16 if precision == "bf16" else card.fp32
+    anchor = (
+        "what compiled transformers of 0.8 to 1.3 B parameters report on H100 starts there, 35-43 %"
+        if compiled
+        else "the upper end of what published MAR-L runs come to, 9-17 %; engine.compile=true is planned at "
+        f"{UTILISATION[True]:.0%}"
+    )
+    return [
+        f"{card_name}: {card.memory / 1e9:.0f} GB, {peak / 1e12:.0f} TFLOP/s dense in {precision}, "
+        f"{card.nvlink / 1e9:.0f} GB/s to its node and {card.network / 1e9:.0f} GB/s out of it in one direction, "
+        f"as its maker specifies it in nodes of {GPUS_A_NODE}",
+        f"the computation reaches {UTILISATION[compiled]:.0%} of that peak: {anchor}",
+        f"links reach {LINK:.0%} of their bandwidth; {OVERLAP:.0%} of the communication hides behind the computation; "
+        "latency is not counted, which flatters engines that gather over many nodes",
+        "weights, gradients, Adam's moments and EMA are float32; the peaks of the parts are summed, though they do not "
+        "fall together; CUDA's context, NCCL and fragments take what a card has beyond its nominal GB",
+        "activations as autograd keeps them in eager mode, with attention that keeps no probabilities",
+        f"DeepSpeed's own defaults: a bucket of {DEEPSPEED_BUCKET:,} gradients, up to {DEEPSPEED_LIVE:,} weights gathered "
+        "at a time; its stages 1 and 2 hold a second copy of the weights they step",
+        "loading, optimizer step, checkpoints and previews take no time; the prior runs in the share of steps that "
+        "TI-Mix needs it in",
+    ]

@@ -1,0 +1,101 @@
+"""The work of a training step: tokens an image brings to each part, and the FLOP spent on them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from mixar.config import Config, ModelConfig
+from mixar.mixing import ground_truth_share, masked_counts
+from mixar.model import MixAR
+from mixar.prior import Prior
+
+RECOMPUTED = {  # parameters of the blocks that each `engine.recompute` runs forward twice
+    "none": (),
+    "backbone": ("encoder_blocks.", "decoder_blocks."),
+    "head": ("diffloss.net.res_blocks.",),
+    "all": ("encoder_blocks.", "decoder_blocks.", "diffloss.net.res_blocks."),
+}
+# layers on data: no gradient flows further down
+_FIRST = ("z_proj.", "code_proj.", "diffloss.net.input_proj.", "diffloss.net.time_embed.mlp.0.")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What one image brings to each part of MixAR, as means over images."""
+
+    encoder: float  # prefix + V
+    pairs: float  # (prefix + V)², what the encoder's self-attention compares
+    decoder: int  # prefix + N
+    masked: float  # N - V
+    rows: float  # of the head: masked positions x noise levels
+
+    @classmethod
+    def of(cls, cfg: ModelConfig, visible: Sequence[int]) -> "Tokens":
+        """Means over images that show `visible` positions each."""
+        prefix = cfg.class_tokens + (cfg.tokens if cfg.guidance == "dc_sa" else 0)
+        lengths = [prefix + v for v in visible]
+        masked = cfg.tokens - sum(visible) / len(visible)
+        return cls(
+            sum(lengths) / len(lengths), sum(length**2 for length in lengths) / len(lengths), prefix + cfg.tokens,
+            masked, masked * cfg.diffusion_batch_mul,
+        )  # fmt: skip
+
+
+def mean_tokens(cfg: Config) -> Tokens:
+    """Means over the law of the mask ratio (Eq. 8), from its 1024 quantiles."""
+    fine = replace(cfg.mask, ratio_scope="image", group=1024)
+    counts = masked_counts(fine, cfg.model.tokens, 0, range(1024), 1024)
+    return Tokens.of(cfg.model, [cfg.model.tokens - count for count in counts])
+
+
+def matrices(module: nn.Module) -> dict[str, int]:
+    """Values of each matrix that multiplies tokens; embedding tables are looked up, not multiplied."""
+    return {
+        name: p.numel()
+        for name, p in module.named_parameters()
+        if p.ndim == 2 and name.endswith("weight") and not name.endswith("_emb.weight")
+    }
+
+
+def training_flops(model: MixAR, tokens: Tokens, recompute: str = "none") -> dict[str, float]:
+    """FLOP an image of the backbone and of the head, forward and backward; a multiply-add is two.
+
+    A matrix [in, out] on T tokens costs 2·T·in·out, and as much again for each of its two gradients; attention of
+    width D costs 4·D a query-key pair, and twice that backward. Norms, activation functions and the loss are left out.
+    """
+    flops = {"backbone": 0.0, "head": 0.0}
+    for name, size in matrices(model).items():
+        passes = 3 - name.startswith(_FIRST) + name.startswith(RECOMPUTED[recompute])
+        part = "head" if name.startswith("diffloss.") else "backbone"
+        flops[part] += 2 * passes * size * _tokens_at(name, model, tokens)
+    cfg, passes = model.config, 4 if recompute in ("backbone", "all") else 3
+    crossed = cfg.tokens if cfg.guidance == "dc_ca" else 0
+    encoder = cfg.encoder_depth * cfg.encoder_width * (tokens.pairs + tokens.encoder * crossed)
+    decoder = cfg.decoder_depth * cfg.decoder_width * tokens.decoder * (tokens.decoder + crossed)
+    flops["backbone"] += 4 * passes * (encoder + decoder)
+    return flops
+
+
+def _tokens_at(name: str, model: MixAR, tokens: Tokens) -> float:
+    """How many tokens of an image the matrix `name` multiplies."""
+    if name.startswith("diffloss."):
+        return tokens.rows
+    if name.startswith(("z_proj.", "code_proj.")) or ".cross_attn.k." in name or ".cross_attn.v." in name:
+        return model.config.tokens
+    return tokens.decoder if name.startswith("decoder_blocks.") else tokens.encoder
+
+
+def prior_flops(prior: Prior) -> float:
+    """FLOP an image of the prior's forward."""
+    cfg, n = prior.config, prior.config.grid**2
+    linear = sum(2 * (n + name.startswith("transformer.")) * size for name, size in matrices(prior).items())
+    return linear + 4 * cfg.depth * cfg.width * (n + 1) ** 2
+
+
+def prior_share(cfg: Config) -> float:
+    """The share of the run's steps in which TI-Mix runs the prior, those with λ < 1."""
+    if not cfg.ti_mix.enabled or cfg.ti_mix.source != "online":
+        return 0.0
+    epochs = [cfg.train.epochs * (i + 0.5) / 1024 for i in range(1024)]
+    return sum(ground_truth_share(cfg.ti_mix, epoch) < 1 for epoch in epochs) / 1024
