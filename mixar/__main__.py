@@ -14,7 +14,7 @@ VERBS = {
     "evaluate": ("mixar.verbs.evaluate", "FID, Inception Score, precision and recall, with a receipt"),
     "export": ("mixar.verbs.export", "the EMA weights of a run, with codecs and prior"),
     "demo": ("mixar.verbs.demo", "the whole method on small images, on a CPU, in minutes"),
-    "plan": ("mixar.verbs.plan", "parameters, steps and memory of a config"),
+    "plan": ("mixar.verbs.plan", "parameters, work, memory and planned speed of a config"),
     "doctor": ("mixar.verbs.doctor", "versions, devices, shards: is this machine ready"),
 }
 

@@ -15,34 +15,37 @@ _STATISTICS = 2 * _F32  # mean and inverse deviation of a layer norm, a token
 def activation_bytes(cfg: ModelConfig, tokens: Tokens, precision: str, recompute: str) -> dict[str, float]:
     """Bytes an image that the backbone and the head keep, without weights and without autocast's copies of them.
 
-    With `recompute` a part keeps the inputs of its blocks, and all of one block at a time.
+    A recomputed part keeps the inputs of its blocks; `again` is then the largest block, which the backward holds whole.
     """
     e = 2 if precision == "bf16" else 4
     enc, dec, w = cfg.encoder_width, cfg.decoder_width, cfg.head_width
 
     encoder = _block(cfg, enc, cfg.encoder_heads, tokens.encoder, e)
     decoder = _block(cfg, dec, cfg.decoder_heads, tokens.decoder, e)
+    # silu(y), shift | scale | gate, 1 + scale, input of the first linear, of silu, of the second linear, its output
+    residual = tokens.rows * (9 * e * w + 2 * _F32 * w + _STATISTICS)  # and the norm's input and output
+    again = []
+    if recompute in ("backbone", "all"):
+        again += [encoder, decoder]
+        encoder, decoder = _F32 * enc * tokens.encoder, _F32 * dec * tokens.decoder
+    if recompute in ("head", "all"):
+        again += [residual]
+        residual = tokens.rows * e * w
+
     backbone = (
-        _kept(cfg.encoder_depth, encoder, _F32 * enc * tokens.encoder, recompute in ("backbone", "all"))
-        + _kept(cfg.decoder_depth, decoder, _F32 * dec * tokens.decoder, recompute in ("backbone", "all"))
+        cfg.encoder_depth * encoder
+        + cfg.decoder_depth * decoder
         + cfg.tokens * e * cfg.token_dim  # input of z_proj
         + tokens.encoder * (2 * (_F32 * enc + _STATISTICS) + e * enc)  # z_proj_ln, encoder_norm, input of decoder_embed
         + tokens.masked * (_F32 * dec + _STATISTICS)  # decoder_norm
         + _memory(cfg, e)
     )
-
-    # silu(y), shift | scale | gate, 1 + scale, input of the first linear, of silu, of the second linear, its output
-    residual = 9 * e * w + 2 * _F32 * w + _STATISTICS  # and the norm's input and output
     inputs = e * (cfg.token_dim + dec + TimestepEmbedder.features + 2 * w) + e * w  # of the embeddings; their sum y
     final = 2 * e * w + 3 * _F32 * w + _STATISTICS
     # the loss, in float32: 13 values and two flags a channel, 14 values a row
     loss = (13 * _F32 + 2) * cfg.token_dim + 14 * _F32
-    head = tokens.rows * (_kept(cfg.head_depth, residual, e * w, recompute in ("head", "all")) + inputs + final + loss)
-    return {"backbone": backbone, "head": head}
-
-
-def _kept(depth: int, block: float, inputs: float, recomputed: bool) -> float:
-    return depth * inputs + block if recomputed else depth * block
+    head = cfg.head_depth * residual + tokens.rows * (inputs + final + loss)
+    return {"backbone": backbone, "head": head, "again": max(again, default=0.0)}
 
 
 def _block(cfg: ModelConfig, width: int, heads: int, tokens: float, e: int) -> float:

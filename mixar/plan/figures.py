@@ -59,16 +59,19 @@ def make_plan(cfg: Config, images: int | None = None, gpus: int | None = None, c
             raise UserError(f"--gpus lays out task=mixar only, this config has task={cfg.task}: leave --gpus out")
         return plan
 
-    tokens, share = mean_tokens(cfg), prior_share(cfg)
+    tokens = mean_tokens(cfg)
     plan["guidance"] = cfg.model.guidance
     plan |= {"encoder_tokens": round(tokens.encoder, 1), "decoder_tokens": tokens.decoder}
-    prior = _build(cfg, "prior") if share else None
-    drawn = {"prior": share * prior_flops(prior)} if isinstance(prior, Prior) else {}
-    plan["flops"] = training_flops(model, tokens) | drawn
+    plan["flops"] = training_flops(model, tokens)
+    executed, frozen = sum(training_flops(model, tokens, cfg.engine.recompute).values()), 0
+    if cfg.ti_mix.enabled and cfg.ti_mix.source == "online":
+        prior = _build(cfg, "prior")
+        assert isinstance(prior, Prior)
+        plan["flops"]["prior"] = prior_share(cfg) * prior_flops(prior)
+        executed, frozen = executed + plan["flops"]["prior"], _values(prior)
     plan["flops"]["total"] = sum(plan["flops"].values())
     if gpus is not None:
-        layout = lay_out(cfg, model, tokens, _values(prior) if prior else 0, gpus)
-        executed = sum(training_flops(model, tokens, cfg.engine.recompute).values()) + sum(drawn.values())
+        layout = lay_out(cfg, model, tokens, frozen, gpus)
         plan |= {"card": card, "gpus": gpus, "nodes": layout.nodes, "micro_batch": layout.micro}
         plan["passes"] = layout.passes
         plan["chosen"] = {launcher: layout.engine(launcher) for launcher in ("torchrun", "deepspeed")}

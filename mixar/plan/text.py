@@ -47,7 +47,7 @@ def _table(plan: dict[str, Any]) -> list[str]:
 def _speed(plan: dict[str, Any], engine: dict[str, Any]) -> str:
     if not engine["fits"]:
         return f"does not fit: {engine['memory']['total'] / 1e9:.0f} of {CARDS[plan['card']].memory / 1e9:.0f} GB"
-    days = "" if engine["days"] is None else f", {engine['days']:.2f} days"
+    days = "" if engine["days"] is None else f", {engine['days']:.2f} days ({24 * engine['days']:.0f} h)"
     return f"{engine['images_per_second']:,.0f} images/s{days}"
 
 
@@ -86,8 +86,8 @@ def assumptions(card_name: str, compiled: bool, precision: str) -> list[str]:
         "weights, gradients, Adam's moments and EMA are float32; the peaks of the parts are summed, though they do not "
         "fall together; CUDA's context, NCCL and fragments take what a card has beyond its nominal GB",
         "activations as autograd keeps them in eager mode, with attention that keeps no probabilities",
-        f"DeepSpeed's own defaults: a bucket of {DEEPSPEED_BUCKET:,} gradients, up to {DEEPSPEED_LIVE:,} weights gathered "
-        "at a time; its stages 1 and 2 hold a second copy of the weights they step",
+        f"DeepSpeed's own defaults: a bucket of {DEEPSPEED_BUCKET:,} gradients, up to {DEEPSPEED_LIVE:,} weights "
+        "gathered at a time; its stages 1 and 2 hold a second copy of the weights they step",
         "loading, optimizer step, checkpoints and previews take no time; the prior runs in the share of steps that "
         "TI-Mix needs it in",
     ]
