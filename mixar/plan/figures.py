@@ -14,7 +14,8 @@ from mixar.plan.cards import CARDS
 from mixar.plan.engines import engine_plans, lay_out
 from mixar.plan.text import assumptions
 from mixar.plan.work import mean_tokens, prior_flops, prior_share, training_flops
-from mixar.prior import Prior
+from mixar.prior import Prior, load_prior
+from mixar.weights import is_export
 
 _COPIES = {"weights": 1, "gradients": 1, "adam": 2, "ema": 1}  # float32 values held for each parameter
 
@@ -65,7 +66,10 @@ def make_plan(cfg: Config, images: int | None = None, gpus: int | None = None, c
     plan["flops"] = training_flops(model, tokens)
     executed, frozen = sum(training_flops(model, tokens, cfg.engine.recompute).values()), 0
     if cfg.ti_mix.enabled and cfg.ti_mix.source == "online":
-        prior = _build(cfg, "prior")
+        weights = cfg.prior.weights
+        # an export has a geometry of its own
+        exported = weights is not None and is_export(weights)
+        prior = load_prior(cfg.prior, cfg.trust_pickle) if exported else _build(cfg, "prior")
         assert isinstance(prior, Prior)
         plan["flops"]["prior"] = prior_share(cfg) * prior_flops(prior)
         executed, frozen = executed + plan["flops"]["prior"], _values(prior)
