@@ -20,10 +20,12 @@ from mixar.codecs import LatentNorm
 from mixar.config import ENGINES, GUIDANCES, Config, PriorConfig, load_config, to_dict
 from mixar.data.batch import Batch
 from mixar.dist import Place
-from mixar.engine import LocalEngine, build_optimizer
+from mixar.engine import build_engine
+from mixar.engine.native import ReplicatedEngine
 from mixar.errors import UserError
 from mixar.mixing import masked_counts
-from mixar.model import MixAR
+from mixar.model import MixAR, attention
+from mixar.model.attention import attend
 from mixar.objectives import MixARObjective
 from mixar.plan import CARDS, make_plan, render
 from mixar.plan.activations import activation_bytes
@@ -59,7 +61,11 @@ def on_meta(cfg: Config) -> MixAR:
 def objective_of(cfg: Config) -> tuple[MixARObjective, nn.Module]:
     norm = LatentNorm(torch.zeros(cfg.vae.latent_channels), torch.ones(cfg.vae.latent_channels))
     objective = MixARObjective(cfg, norm, PLACE.device)
-    return objective, objective.build().train()
+    model = objective.build().train()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(objective.initial(name, p))
+    return objective, model
 
 
 def batch_of(cfg: Config, images: int) -> Batch:
@@ -85,12 +91,9 @@ def layout_of(cfg: Config, gpus: int = 1) -> Layout:
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """A forward on the CPU that keeps what one on CUDA does: byte masks of dropout, norms in float32 under autocast,
     no probabilities of an attention with dropout."""
-    attention, norm = F.scaled_dot_product_attention, F.layer_norm
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, dropout_p: attention(q, k, v))
+    norm = F.layer_norm
+    monkeypatch.setattr(attention, "attend", lambda q, k, v, *_: attend(q, k, v, 0.0, None))
     monkeypatch.setattr(F, "layer_norm", lambda x, *rest, **named: norm(x.float(), *rest, **named))
-    monkeypatch.setattr(
-        F, "dropout", lambda x, p, training, _: torch.native_dropout(x, p, True)[0] if training and p else x
-    )
 
 
 def kept(cfg: Config, images: int) -> int:
@@ -125,21 +128,21 @@ def test_activations_are_what_autograd_keeps(sizes: list[str], guidance: str, pr
     assert 2 * one - two == pytest.approx(copies, rel=0.05 if sizes is MIDDLE else 0.5, abs=2000)
 
 
-def test_states_are_what_an_engine_holds_and_their_sum_bounds_a_step(as_on_cuda) -> None:
+def test_states_are_what_an_engine_holds_and_their_sum_bounds_a_step(tmp_path: Path, as_on_cuda) -> None:
     cfg = config(*MIDDLE)
     planned = layout_of(cfg).memory("ddp")
-    objective, model = objective_of(cfg)
-    optimizer = build_optimizer(model, cfg.optim, objective.decays)
-    engine = LocalEngine(model, objective.loss, optimizer, cfg.optim, lambda epoch: 1e-3, PLACE, cfg.train.precision)
+    objective, _ = objective_of(cfg)
+    engine = build_engine(cfg, objective, lambda epoch: 1e-3, PLACE, tmp_path)
+    assert isinstance(engine, ReplicatedEngine)
+    parameters = list(engine.parameters.values())
     gradients: list[int] = []
-    optimizer.register_step_pre_hook(lambda *_: gradients.append(sum(p.grad.nbytes for p in model.parameters())))
+    engine.optimizer.register_step_pre_hook(lambda *_: gradients.append(sum(p.grad.nbytes for p in parameters)))
     batch = batch_of(cfg, 16)
     engine.step([batch], 0.0)
-    moments = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
     held = {
-        "weights": sum(p.nbytes for p in model.parameters()),
+        "weights": sum(p.nbytes for p in parameters),
         "gradients": gradients[0],
-        "adam": sum(value.nbytes for value in moments),
+        "adam": sum(value.nbytes for moment in engine.moments.values() for value in moment.values()),
         "ema": sum(value.nbytes for value in engine.ema.values()),
     }
     assert {part: planned[part] for part in held} == held

@@ -26,7 +26,6 @@ class Sizes:
     blocks: int  # in the units that FSDP shards: backbone blocks and the head's residual blocks
     largest: int  # the largest of them
     matrices: int  # what autocast copies to bf16
-    root_matrices: int  # those outside of the units
 
     @property
     def root(self) -> int:
@@ -35,11 +34,9 @@ class Sizes:
     @classmethod
     def of(cls, model: MixAR) -> "Sizes":
         """Counted; the model may be on the meta device."""
-        units = [*model.encoder_blocks, *model.decoder_blocks, *model.diffloss.net.res_blocks]
-        sizes = [sum(p.numel() for p in unit.parameters()) for unit in units]
+        sizes = [sum(p.numel() for p in unit.parameters()) for units in model.blocks().values() for unit in units]
         copied = sum(matrices(model).values())
-        inside = sum(sum(matrices(unit).values()) for unit in units)
-        return cls(sum(p.numel() for p in model.parameters()), sum(sizes), max(sizes), copied, copied - inside)
+        return cls(sum(p.numel() for p in model.parameters()), sum(sizes), max(sizes), copied)
 
 
 @dataclass(frozen=True)
@@ -72,8 +69,7 @@ class Layout:
 
     def memory(self, engine: str) -> dict[str, int]:
         """Bytes a rank by part, at their peaks, and their sum: more than what is ever held at once."""
-        s, bf16 = self.sizes, self.cfg.train.precision == "bf16"
-        whole, copied = s.parameters, s.matrices * bf16
+        s, whole = self.sizes, self.sizes.parameters
         part = math.ceil(whole / (self.gpus // self.nodes if engine == "hsdp" else self.gpus))
         gathered = 0  # bytes
         if engine == "ddp":
@@ -82,9 +78,8 @@ class Layout:
             weights = states = part
             # accumulated gradients are whole until the last pass; else only those of the block at work are
             gradients = whole if self.passes > 1 else part + s.largest
-            # the root in float32; blocks in the dtype of the forward, all of them or one at work and the next
-            blocks = s.blocks if engine == "hsdp" else min(2 * s.largest, s.blocks)
-            gathered, copied = 4 * s.root + (2 if bf16 else 4) * blocks, s.root_matrices * bf16
+            # blocks: all of them, or the one at work and the next
+            gathered = 4 * (s.root + (s.blocks if engine == "hsdp" else min(2 * s.largest, s.blocks)))
         else:
             # stages 1 and 2 step a copy of their part of the weights, also where these are float32
             weights = part if engine == "zero3" else whole + part
@@ -98,7 +93,7 @@ class Layout:
             "adam": 8 * states,
             "ema": 4 * states,
             "gathered": gathered,
-            "bf16_copies": 2 * copied,
+            "bf16_copies": 2 * s.matrices * (self.cfg.train.precision == "bf16"),
             "prior": 4 * self.frozen,
             "activations": round(self.micro * sum(kept.values())),
         }
@@ -113,7 +108,7 @@ class Layout:
         s, k = self.sizes, self.passes
         local = self.gpus // self.nodes
         whole = 4.0 * s.parameters
-        blocks, root = (2 if self.cfg.train.precision == "bf16" else 4) * s.blocks, 4 * s.root
+        blocks, root = 4 * s.blocks, 4 * s.root
         if engine == "hsdp":  # a gather a pass, a reduce-scatter; all-reduce of the parts between the nodes
             within = (local - 1) / local * (k * (blocks + root) + whole)
             return {"within": within, "across": 2 * (self.nodes - 1) / self.nodes * whole / local}
