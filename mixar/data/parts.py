@@ -4,8 +4,8 @@ Layout: `part-00000/{shard.00000.mds, ..., index.json, part.json}`, ..., and a r
 """
 
 import json
-import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,6 @@ class Parts:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path`: the old content or the new, never half of it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # ranks on other hosts may have this process id
     aside.write_text(json.dumps(value, indent=1) + "\n")
     aside.replace(path)
