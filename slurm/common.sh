@@ -1,0 +1,35 @@
+# What the job scripts share: a step over the whole job, and what becomes of the job when the step has ended.
+# shellcheck shell=bash
+
+source slurm/site.sh
+
+# Run a command as one task a GPU, or --ntasks-per-node, on every node; then end the job or requeue it.
+#
+# What the job ends with is told by the word that the command leaves in the file MIXAR_OUTCOME: an exit status would not
+# do, since srun gives that of the tasks it killed. `done` and `refused`, a mistake of the user, end it; `stopped`, after
+# a signal, and a failure without any word requeue it, and the same command goes on where it stopped.
+run() {
+  local tasks=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}} restarts=${SLURM_RESTART_COUNT:-0} status=0 word
+  local cpus=$((SLURM_CPUS_ON_NODE / tasks))
+  export MIXAR_OUTCOME=$PWD/.outcome-$SLURM_JOB_ID OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
+  rm -f "$MIXAR_OUTCOME"
+  echo "== $(date -Is) job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, $tasks tasks a node, restart $restarts: $*"
+  # one lost task ends all: the others would wait for it in a collective
+  srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$tasks" --cpus-per-task="$cpus" \
+    --kill-on-bad-exit=1 --wait=60 "${CONTAINER[@]}" "$@" || status=$?
+  word=$(cat "$MIXAR_OUTCOME" 2>/dev/null)
+  rm -f "$MIXAR_OUTCOME"
+  echo "== $(date -Is) ${word:-no outcome}, status $status"
+  case $word:$status in
+    done:* | :0) exit 0 ;;
+    refused:* | :2) give_up 2 "the message above says what to change" ;;
+  esac
+  ((restarts < MAX_RESTARTS)) || give_up 1 "this was restart $restarts of MAX_RESTARTS=$MAX_RESTARTS"
+  scontrol requeue "$SLURM_JOB_ID" || give_up 1 "submit the same again, it goes on where it stopped"
+  exit 0
+}
+
+give_up() {
+  echo "$SLURM_JOB_NAME: not requeued: $2" >&2
+  exit "$1"
+}

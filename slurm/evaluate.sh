@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Score a run or an export, in one process on one GPU:  sbatch [OPTION ...] slurm/evaluate.sh RUN --reference IMAGES ...
+#SBATCH --job-name=evaluate
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=64G
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR2@60
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+source slurm/common.sh || { echo "submit this from the repository's folder, or with sbatch --chdir=IT" >&2; exit 2; }
+run python -u -m mixar evaluate "$@"

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Submit prepare, train and evaluate, each to start after the success of the one before. Prints the ids of the jobs.
+#
+#   slurm/pipeline.sh b|l|h [CONFIG] [key=value ...] -- EVALUATE_ARGUMENT ...
+#   slurm/pipeline.sh l data.images=/data/imagenet/train -- --reference /data/imagenet/train --crop 256
+#
+# sbatch options go into the environment: those of all jobs as SBATCH_PARTITION, SBATCH_ACCOUNT, ..., those of one as
+# PREPARE_OPTIONS, TRAIN_OPTIONS, EVALUATE_OPTIONS, such as TRAIN_OPTIONS="--nodes=4 --time=2-00:00:00".
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source slurm/site.sh
+
+case ${1:-} in
+  b | l | h) size=$1 && shift ;;
+  *) echo "pipeline.sh: '${1:-}' is no size: write slurm/pipeline.sh l [CONFIG] [key=value ...] -- ..." >&2 && exit 2 ;;
+esac
+[[ ${1:-} == *.yaml ]] || set -- "configs/mixar_$size.yaml" "$@"
+arguments=()
+while (($#)) && [ "$1" != -- ]; do arguments+=("$1") && shift; done
+shift || true # the --
+# a mistake in the config is found before anything is submitted
+run_dir=$("${CONTAINER[@]}" python -m mixar train "${arguments[@]}" --dry-run | sed -n 's/^run_dir: //p')
+
+# Submit a script, after the jobs of that id if one is given.
+submit() {
+  local after=$1 options
+  read -ra options <<<"$2"
+  sbatch --parsable ${after:+--dependency="afterok:$after" --kill-on-invalid-dep=yes} "${options[@]}" "${@:3}" |
+    cut -d ';' -f 1 # a cluster's name may follow
+}
+prepare=$(submit "" "${PREPARE_OPTIONS:-}" slurm/prepare.sh "${arguments[@]}")
+train=$(submit "$prepare" "${TRAIN_OPTIONS:-}" "slurm/train_$size.sh" "${arguments[@]}")
+evaluate=$(submit "$train" "${EVALUATE_OPTIONS:-}" slurm/evaluate.sh "$run_dir" "$@")
+echo "prepare $prepare, train $train, evaluate $evaluate"
