@@ -80,7 +80,7 @@ CONF
     echo CgroupPlugin=disabled >"$DIR/cgroup.conf"
 }
 
-hosts() { echo "10.0.0.1 head"; for ((k = 1; k <= NODES; k++)); do echo "$(address $k) n$k"; done; }
+hosts() { for ((k = 1; k <= NODES; k++)); do echo "$(address $k) n$k"; done; }
 
 start_daemons() {
   local k
@@ -93,7 +93,7 @@ start_daemons() {
 # The first process of an isolated cluster; it stays to reap orphans.
 site() {
   hostname head
-  { echo "127.0.0.1 localhost"; hosts; } >"$DIR/hosts"
+  { printf "127.0.0.1 localhost\n10.0.0.1 head\n"; hosts; } >"$DIR/hosts"
   mount --bind "$DIR/hosts" /etc/hosts
   ip link set lo up
   ip link add switch type bridge
@@ -123,7 +123,7 @@ start_node() {
   fi
   namespaces "$BASH" "$SELF" _node "$1" >>"$DIR/log/n$1" 2>&1 </dev/null &
   local pid
-  until pid=$(pgrep -f "^$BASH $SELF _node $1\$"); do sleep 0.02; done
+  until pid=$(pgrep --oldest -f "^$BASH $SELF _node $1\$"); do sleep 0.02; done
   ip link add "veth$1" type veth peer name eth0 netns "$pid"
   ip link set "veth$1" master switch up
 }
@@ -161,7 +161,7 @@ up() {
   echo "$NET" >"$DIR/net"
   if [ "$NET" = isolated ]; then
     namespaces "$BASH" "$SELF" _site "$DIR" >"$DIR/log/site" 2>&1 </dev/null &
-    until pgrep -f "^$BASH $SELF _site $DIR\$" >"$DIR/pids/site"; do sleep 0.02; done
+    until pgrep --oldest -f "^$BASH $SELF _site $DIR\$" >"$DIR/pids/site"; do sleep 0.02; done
   else
     hosts | sed "s|\$| # $DIR|" >>/etc/hosts
     start_daemons

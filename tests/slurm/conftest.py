@@ -1,4 +1,4 @@
-"""A real Slurm cluster of three virtual nodes for the whole session, and images, codecs and shards to train from."""
+"""A real Slurm cluster of three virtual nodes for the whole session, and what a run needs: images, codecs, a config."""
 
 import os
 import re
@@ -16,10 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mixar.codecs import VAE, Tokenizer, load_tokenizer, load_vae
+from mixar.codecs import VAE, Tokenizer
 from mixar.config import load_config, to_dict
-from mixar.data.images import open_images
-from mixar.data.shards import prepare
+from mixar.evaluation.classifier import save_classifier, train_classifier
 from mixar.weights import write_export
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,10 +44,10 @@ sample: {{steps: 2, diffusion_steps: "4"}}
 
 @dataclass(frozen=True)
 class Cluster:
-    """The cluster; `folder` holds its state and the logs of the jobs."""
+    """The cluster, and what its jobs say."""
 
-    folder: Path
     env: dict[str, str]
+    logs: Path
 
     def __call__(self, *command: str | Path, **variables: str) -> str:
         """What cluster.sh prints; the jobs that it submits get the variables."""
@@ -60,8 +59,8 @@ class Cluster:
 
     def submit(self, *arguments: str | Path, **variables: str) -> str:
         """sbatch in the repository; the job's id."""
-        logs = f"--output={self.folder}-logs/%j.log"
-        return self("run", "sbatch", "--parsable", logs, *arguments, **variables).split()[-1]
+        output = f"--output={self.logs}/%j.log"
+        return self("run", "sbatch", "--parsable", output, *arguments, **variables).split()[-1]
 
     def jobs(self, job: str) -> list[dict[str, str]]:
         """What Slurm knows of a job: one dict, or one an element of an array."""
@@ -69,7 +68,7 @@ class Cluster:
         return [dict(re.findall(r"(\w+)=(\S+)", line)) for line in lines if line]
 
     def log(self, job: str) -> str:
-        file = Path(f"{self.folder}-logs/{job}.log")
+        file = self.logs / f"{job}.log"
         return file.read_text() if file.exists() else ""
 
     def wait(self, what: str, condition: Callable[[], object], job: str, seconds: float = 90) -> None:
@@ -87,7 +86,7 @@ class Cluster:
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+def cluster(tmp_path_factory) -> Iterator[Cluster]:
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
     if missing:
         pytest.skip(f"{', '.join(missing)} not installed: apt-get install slurmctld slurmd slurm-client munge iproute2")
@@ -96,33 +95,33 @@ def cluster() -> Iterator[Cluster]:
     folder = Path(tempfile.mkdtemp(prefix="slurm"))
     folder.chmod(0o711)  # munge wants its socket within reach of all
     env = os.environ | {
-        "CLUSTER_DIR": str(folder / "cluster"),
+        "CLUSTER_DIR": str(folder),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
+        "MAX_RESTARTS": "3",
     }
-    (folder / "cluster-logs").mkdir()
-    found = Cluster(folder / "cluster", env)
+    found = Cluster(env, tmp_path_factory.mktemp("logs"))
     try:
         found("up", "3")
         yield found
     finally:
         found("down")
-        shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory) -> Path:
-    """64 images of two classes, codecs with random weights, shards, and the config of a run of 300 steps."""
+    """64 images of two classes, codecs and a classifier with random weights, and the config of a run of 300 steps."""
     root = tmp_path_factory.mktemp("home")
-    rng = np.random.default_rng(0)
-    for i in range(64):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3), np.uint8)
+    for i, image in enumerate(pixels):
         path = root / "images" / "ab"[i % 2] / f"{i:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(path)
+        Image.fromarray(image).save(path)
     (root / "config.yaml").write_text(CONFIG.format(root=root))
     cfg = load_config(root / "config.yaml")
     torch.manual_seed(0)
     for kind, network in (("vae", VAE(cfg.vae)), ("tokenizer", Tokenizer(cfg.tokenizer))):
         write_export(root / kind, kind, to_dict(getattr(cfg, kind)) | {"weights": None}, network.state_dict())
-    prepare(cfg, open_images(cfg.data), load_vae(cfg.vae), load_tokenizer(cfg.tokenizer), "cpu", progress=False)
+    images, labels = torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.arange(64) % 2
+    save_classifier(root / "classifier", *train_classifier(images, labels, 2, steps=2))
     return root

@@ -3,17 +3,18 @@
 import json
 import shutil
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
-from mixar.evaluation.classifier import save_classifier, train_classifier
 from mixar.weights import read_export
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted([*(ROOT / "slurm").glob("*.sh"), Path(__file__).with_name("cluster.sh")])
-TRAIN = ("--nodes=2", "--ntasks-per-node=1", "slurm/train_l.sh")  # its 16 tasks would share two cores
+FEW = "--ntasks-per-node=1"  # a task for each of 16 GPUs would be too much for this machine
+TRAIN = (FEW, "slurm/train_l.sh")
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -25,18 +26,26 @@ def equal(a: Path, b: Path) -> bool:
     return all(torch.equal(weights(a)[name], value) for name, value in weights(b).items())
 
 
-def checkpoints(run: Path) -> int:
-    return len(list((run / "checkpoints").glob("*/DONE")))
+def checkpoints(run: Path) -> set[Path]:
+    return set((run / "checkpoints").glob("*/DONE"))
+
+
+def pipeline(cluster, home: Path, *overrides: str) -> list[str]:
+    """Submit the pipeline; the ids of its jobs, in order."""
+    evaluate = ("--reference", home / "images", "--count", "8", "--extractor", home / "classifier")
+    said = cluster(
+        "run", "slurm/pipeline.sh", "l", home / "config.yaml", *overrides, "--", *evaluate,
+        PREPARE_OPTIONS="--array=0-1", TRAIN_OPTIONS=FEW, SBATCH_OUTPUT=f"{cluster.logs}/%A.log",
+    )  # fmt: skip
+    return [word.strip(",") for word in said.split()[1::2]]
 
 
 @pytest.fixture(scope="module")
-def whole(cluster, home) -> Path:
-    """A run on two nodes that nothing interrupted."""
-    run = home / "whole"
-    job = cluster.submit(*TRAIN, home / "config.yaml", f"run_dir={run}")
-    assert cluster.finish(job)["JobState"] == "COMPLETED", cluster.log(job)
-    assert "1 tasks a node" in cluster.log(job)
-    return run
+def chain(cluster, home) -> list[str]:
+    """The pipeline's jobs, after their end: they leave shards and a run that nothing interrupted."""
+    jobs = pipeline(cluster, home)
+    cluster.finish(jobs[-1], 200)
+    return jobs
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
@@ -47,7 +56,7 @@ def test_scripts_are_sound(script) -> None:
 
 
 @pytest.mark.parametrize(("script", "nodes"), [("train_b", 1), ("train_l", 2), ("train_h", 2), ("prepare", 1)])
-def test_a_cluster_of_8_gpus_a_node_takes_them(cluster, script, nodes) -> None:
+def test_nodes_of_8_gpus_take_them(cluster, script, nodes) -> None:
     assert "to start at" in cluster("run", "sbatch", "--test-only", f"--nodes={nodes}", f"slurm/{script}.sh")
 
 
@@ -57,21 +66,20 @@ def test_from_another_folder_it_says_where_to_submit(cluster) -> None:
     assert "submit this from the repository's folder" in cluster.log(job)
 
 
-def test_every_task_of_two_nodes_with_8_gpus_has_its_place(cluster, tmp_path) -> None:
-    script = tmp_path / "job.sh"
-    lines = (ROOT / "slurm" / "train_l.sh").read_text().splitlines()
-    report = "'echo $SLURM_PROCID/$SLURM_STEP_NUM_TASKS $SLURM_LOCALID $CUDA_VISIBLE_DEVICES'"
-    script.write_text("\n".join(lines[:-2] + [f"run bash -c {report}"]))
-    job = cluster.submit(script)
+def test_a_task_for_each_gpu_of_two_nodes(cluster, tmp_path) -> None:
+    head = (ROOT / "slurm" / "train_l.sh").read_text().rpartition("[[")[0]  # all but what it runs
+    (tmp_path / "job.sh").write_text(
+        head + "run bash -c 'echo $SLURM_PROCID/$SLURM_STEP_NUM_TASKS $SLURM_LOCALID $CUDA_VISIBLE_DEVICES'"
+    )
+    job = cluster.submit(tmp_path / "job.sh")
     assert cluster.finish(job)["JobState"] == "COMPLETED", cluster.log(job)
     for rank in range(16):
         assert f"{rank}/16 {rank % 8} 0,1,2,3,4,5,6,7\n" in cluster.log(job)
 
 
 def test_restarts_are_bounded(cluster, tmp_path) -> None:
-    script = tmp_path / "job.sh"
-    script.write_text("#!/bin/bash\nsource slurm/common.sh\nrun false\n")
-    job = cluster.submit("--requeue", "--open-mode=append", script, MAX_RESTARTS="1")
+    (tmp_path / "job.sh").write_text("#!/bin/bash\nsource slurm/common.sh\nrun false\n")
+    job = cluster.submit("--requeue", "--open-mode=append", tmp_path / "job.sh", MAX_RESTARTS="1")
     ended = cluster.finish(job)
     assert (ended["JobState"], ended["Restarts"], ended["ExitCode"]) == ("FAILED", "1", "1:0"), cluster.log(job)
     assert "not requeued: this was restart 1 of MAX_RESTARTS=1" in cluster.log(job)
@@ -84,22 +92,36 @@ def test_a_mistake_is_not_requeued(cluster, home) -> None:
     assert "Did you mean 'model.guidance'?" in cluster.log(job)
 
 
-def test_a_signal_and_a_crash_end_in_the_same_weights(cluster, home, whole) -> None:
+def test_the_pipeline_runs_its_stages_in_order(cluster, home, chain) -> None:
+    stages = [cluster.jobs(job) for job in chain]
+    states = [job["JobState"] for stage in stages for job in stage]
+    assert states == ["COMPLETED"] * 4, "\n".join(cluster.log(job)[-4000:] for job in chain)
+    for before, after in pairwise(stages):
+        assert max(job["EndTime"] for job in before) <= after[0]["StartTime"]
+    assert json.loads((home / "run" / "eval" / "0-8.json").read_text())["n"] == 8
+    assert stages[1][0]["NodeList"] == "n[1-2]" and "2 ranks on 2 nodes" in cluster.log(chain[1])
+
+
+def test_a_failed_stage_cancels_what_follows(cluster, home) -> None:
+    jobs = pipeline(cluster, home, f"data.shards={home}/none", f"data.images={home}/none")
+    cluster.finish(jobs[-1])
+    assert [cluster.jobs(job)[0]["JobState"] for job in jobs] == ["FAILED", "CANCELLED", "CANCELLED"]
+
+
+def test_a_signal_and_a_crash_change_no_weight(cluster, home, chain) -> None:
     run = home / "signalled"
     job = cluster.submit(*TRAIN, home / "config.yaml", f"run_dir={run}")
     cluster.wait("a checkpoint", lambda: checkpoints(run), job)
     cluster("run", "scancel", "--signal=USR2", job)
-    cluster.wait("a requeue", lambda: cluster.jobs(job)[0]["Restarts"] == "1", job)
-    assert "== " in cluster.log(job) and "stopped, status 0" in cluster.log(job)
-    before = checkpoints(run)
-    cluster.wait("a step after it", lambda: cluster.log(job).count("resuming from") == 1, job)
+    cluster.wait("a resumed run", lambda: "resuming from" in cluster.log(job), job)
+    assert "stopped, status 0" in cluster.log(job)
     cluster("run", "scancel", "--signal=KILL", f"{job}.0")
     ended = cluster.finish(job)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "2"), cluster.log(job)
-    assert before and equal(run, whole)
+    assert cluster.log(job).count("resuming from") == 2 and equal(run, home / "run")
 
 
-def test_a_node_without_power_is_replaced(cluster, home, whole) -> None:
+def test_a_node_without_power_is_replaced(cluster, home, chain) -> None:
     run = home / "unplugged"
     job = cluster.submit(*TRAIN, home / "config.yaml", f"run_dir={run}")
     cluster.wait("a checkpoint", lambda: checkpoints(run), job)
@@ -108,30 +130,18 @@ def test_a_node_without_power_is_replaced(cluster, home, whole) -> None:
     ended = cluster.finish(job, 150)
     cluster("start-node", "n2")
     assert (ended["JobState"], ended["Restarts"], ended["NodeList"]) == ("COMPLETED", "1", "n[1,3]"), cluster.log(job)
-    assert equal(run, whole)
+    assert "resuming from" in cluster.log(job) and equal(run, home / "run")
 
 
-def test_the_pipeline_runs_its_stages_in_order(cluster, home) -> None:
-    pixels = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8)
-    save_classifier(home / "classifier", *train_classifier(pixels, torch.arange(64) % 2, 2, steps=2))
-    said = cluster(
-        "run", "slurm/pipeline.sh", "l", home / "config.yaml", f"run_dir={home}/chained",
-        f"data.shards={home}/chained-shards", "train.epochs=10", "--", "--reference", home / "images", "--count", "8",
-        "--extractor", home / "classifier", PREPARE_OPTIONS="--array=0-1", TRAIN_OPTIONS="--nodes=2 --ntasks-per-node=1",
-        SBATCH_PARTITION="main", SBATCH_OUTPUT="/dev/null",
-    )  # fmt: skip
-    prepare, train, evaluate = (word.strip(",") for word in said.split()[1::2])
-    cluster.finish(evaluate, 150)
-    stages = [cluster.jobs(job) for job in (prepare, train, evaluate)]
-    assert [job["JobState"] for stage in stages for job in stage] == ["COMPLETED"] * 4
-    for before, after in zip(stages, stages[1:]):
-        assert max(job["EndTime"] for job in before) <= after[0]["StartTime"]
-    assert json.loads((home / "chained" / "eval" / "0-8.json").read_text())["n"] == 8
-
-
-def test_a_failed_stage_cancels_what_follows(cluster, home) -> None:
-    said = cluster("run", "slurm/pipeline.sh", "l", home / "config.yaml", f"data.shards={home}/none",
-                   f"data.images={home}/nothing", "--", "--reference", home / "images", PREPARE_OPTIONS="--array=0-0")  # fmt: skip
-    prepare, train, evaluate = (word.strip(",") for word in said.split()[1::2])
-    cluster.finish(evaluate)
-    assert [cluster.jobs(job)[0]["JobState"] for job in (prepare, train, evaluate)] == ["FAILED", "CANCELLED", "CANCELLED"]
+def test_a_time_limit_and_a_preemption_are_outlived(cluster, home, chain) -> None:
+    run = home / "outlived"
+    job = cluster.submit(*TRAIN, home / "config.yaml", f"run_dir={run}", "train.epochs=100000")
+    cluster.wait("a checkpoint", lambda: checkpoints(run), job)
+    cluster("run", "scontrol", "update", f"jobid={job}", "timelimit=5")  # the script wants its signal 10 minutes before
+    cluster.wait("a requeue", lambda: cluster.jobs(job)[0]["Restarts"] == "1", job)
+    cluster("run", "scontrol", "update", f"jobid={job}", "timelimit=60")
+    cluster.wait("a resumed run", lambda: cluster.log(job).count("resuming from") == 1, job)
+    cluster.submit("--partition=urgent", "--nodes=3", "--exclusive", "--wrap=true")
+    cluster.wait("another", lambda: cluster.log(job).count("resuming from") == 2, job)
+    assert cluster.log(job).count("stopped, status 0") == 2
+    cluster("run", "scancel", job)
