@@ -15,7 +15,7 @@ run() {
   rm -f "$MIXAR_OUTCOME"
   echo "== $(date -Is) job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, $tasks tasks a node, restart $restarts: $*"
   # one lost task ends all: the others would wait for it in a collective
-  srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$tasks" --cpus-per-task="$cpus" \
+  srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$tasks" --cpus-per-task="$cpus" --export=ALL \
     --kill-on-bad-exit=1 --wait=60 "${CONTAINER[@]}" "$@" || status=$?
   word=$(cat "$MIXAR_OUTCOME" 2>/dev/null)
   rm -f "$MIXAR_OUTCOME"

@@ -17,7 +17,8 @@ esac
 [[ ${1:-} == *.yaml ]] || set -- "configs/mixar_$size.yaml" "$@"
 arguments=()
 while (($#)) && [ "$1" != -- ]; do arguments+=("$1") && shift; done
-shift || true # the --
+(($# > 1)) || { echo "pipeline.sh: no arguments for evaluate: write ... -- --reference IMAGES" >&2 && exit 2; }
+shift # the --
 # a mistake in the config is found before anything is submitted
 run_dir=$("${CONTAINER[@]}" python -m mixar train "${arguments[@]}" --dry-run | sed -n 's/^run_dir: //p')
 

@@ -40,7 +40,7 @@ ClusterName=test
 SlurmctldHost=$head($([ "$NET" = isolated ] && echo 10.0.0.1 || echo 127.0.0.1))
 SlurmctldPort=26817
 SlurmUser=root
-AuthInfo=socket=$DIR/munge/socket,cred_expire=${CLUSTER_CRED_EXPIRE:-6}
+AuthInfo=socket=$DIR/munge/socket,cred_expire=8
 SlurmctldPidFile=$DIR/pids/slurmctld
 SlurmctldLogFile=$DIR/log/slurmctld
 StateSaveLocation=$DIR/state

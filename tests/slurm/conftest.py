@@ -37,7 +37,7 @@ model:
 mask: {{group: 8}}
 optim: {{lr: 0.02, warmup_epochs: 0.5, ema: 0.9}}
 train:
-  {{epochs: 75, batch: 16, micro_batch: 8, precision: fp32, log_every: 10, checkpoint_every: 10, samples_every: 0}}
+  {{epochs: 30, batch: 16, micro_batch: 8, precision: fp32, log_every: 10, checkpoint_every: 5, samples_every: 0}}
 sample: {{steps: 2, diffusion_steps: "4"}}
 """
 
@@ -71,7 +71,7 @@ class Cluster:
         file = self.logs / f"{job}.log"
         return file.read_text() if file.exists() else ""
 
-    def wait(self, what: str, condition: Callable[[], object], job: str, seconds: float = 90) -> None:
+    def wait(self, what: str, condition: Callable[[], object], job: str, seconds: float = 180) -> None:
         """Until the condition holds; fails when it does not in time."""
         end = time.monotonic() + seconds
         while not condition():
@@ -79,7 +79,7 @@ class Cluster:
                 pytest.fail(f"{what} did not happen in {seconds:g} s: {self.jobs(job)}\n{self.log(job)[-4000:]}")
             time.sleep(0.3)
 
-    def finish(self, job: str, seconds: float = 90) -> dict[str, str]:
+    def finish(self, job: str, seconds: float = 180) -> dict[str, str]:
         """What Slurm knows of a job that has ended, restarts included."""
         self.wait("the end", lambda: all(j["JobState"] in ENDED for j in self.jobs(job)), job, seconds)
         return self.jobs(job)[0]
@@ -110,7 +110,7 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory) -> Path:
-    """64 images of two classes, codecs and a classifier with random weights, and the config of a run of 300 steps."""
+    """64 images of two classes, codecs and a classifier with random weights, and the config of a run of 120 steps."""
     root = tmp_path_factory.mktemp("home")
     pixels = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3), np.uint8)
     for i, image in enumerate(pixels):

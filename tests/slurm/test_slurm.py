@@ -44,7 +44,7 @@ def pipeline(cluster, home: Path, *overrides: str) -> list[str]:
 def chain(cluster, home) -> list[str]:
     """The pipeline's jobs, after their end: they leave shards and a run that nothing interrupted."""
     jobs = pipeline(cluster, home)
-    cluster.finish(jobs[-1], 200)
+    cluster.finish(jobs[-1])
     return jobs
 
 
@@ -127,7 +127,7 @@ def test_a_node_without_power_is_replaced(cluster, home, chain) -> None:
     cluster.wait("a checkpoint", lambda: checkpoints(run), job)
     assert cluster.jobs(job)[0]["NodeList"] == "n[1-2]"
     cluster("kill-node", "n2")
-    ended = cluster.finish(job, 150)
+    ended = cluster.finish(job)
     cluster("start-node", "n2")
     assert (ended["JobState"], ended["Restarts"], ended["NodeList"]) == ("COMPLETED", "1", "n[1,3]"), cluster.log(job)
     assert "resuming from" in cluster.log(job) and equal(run, home / "run")
@@ -145,3 +145,4 @@ def test_a_time_limit_and_a_preemption_are_outlived(cluster, home, chain) -> Non
     cluster.wait("another", lambda: cluster.log(job).count("resuming from") == 2, job)
     assert cluster.log(job).count("stopped, status 0") == 2
     cluster("run", "scancel", job)
+    assert cluster.finish(job)["JobState"] == "CANCELLED"
