@@ -181,7 +181,7 @@ down() {
     kill -KILL "$(cat "$DIR/pids/site")" 2>/dev/null || true
   elif [ "$NET" = shared ]; then
     for ((k = 1; k <= NODES; k++)); do kill_node $k; done
-    for name in slurmctld munged; do kill "$(cat "$DIR/pids/$name")" 2>/dev/null || true; done
+    for name in slurmctld munged; do kill -KILL "$(cat "$DIR/pids/$name")" 2>/dev/null || true; done
     grep -v " # $DIR\$" /etc/hosts >"$DIR/hosts" || true
     cat "$DIR/hosts" >/etc/hosts  # not moved: in a container it is a mount
   fi
