@@ -5,9 +5,9 @@ source slurm/site.sh
 
 # Run a command as one task a GPU, or --ntasks-per-node, on every node; then end the job or requeue it.
 #
-# What the job ends with is told by the word that the command leaves in the file MIXAR_OUTCOME: an exit status would not
-# do, since srun gives that of the tasks it killed. `done` and `refused`, a mistake of the user, end it; `stopped`, after
-# a signal, and a failure without any word requeue it, and the same command goes on where it stopped.
+# What becomes of the job is told by the word that the command leaves in the file MIXAR_OUTCOME: an exit status would not
+# do, since srun gives that of the tasks it killed. `done` and `refused`, for a mistake of the user, end it. `stopped`,
+# after a signal, and a failure without a word requeue it, and the same command goes on where it was.
 run() {
   local tasks=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}} restarts=${SLURM_RESTART_COUNT:-0} status=0 word
   local cpus=$((SLURM_CPUS_ON_NODE / tasks))

@@ -151,7 +151,6 @@ run() {
 
 up() {
   local i
-  command -v slurmctld slurmd sbatch munged ip >/dev/null || die "slurmctld slurmd slurm-client munge iproute2 are needed"
   [ ! -e "$DIR/net" ] || die "a cluster is in $DIR already"
   NODES=$1 NET=${CLUSTER_NET:-shared}
   if [ -z "${CLUSTER_NET:-}" ] && namespaces true 2>/dev/null; then NET=isolated; fi
