@@ -147,6 +147,10 @@ def main() -> None:
         if not isinstance(error, dist.ElsewhereError):
             print(f"mixar train: {error}", file=sys.stderr)
         sys.exit(2)
+    except SystemExit as end:  # argparse's: after --help, or of a wrong flag
+        if end.code:
+            _leave("refused")
+        raise
 
 
 if __name__ == "__main__":

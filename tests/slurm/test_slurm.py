@@ -3,12 +3,14 @@
 import json
 import shutil
 import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
+from mixar import train
 from mixar.weights import read_export
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,6 +92,14 @@ def test_a_mistake_is_not_requeued(cluster, home) -> None:
     ended = cluster.finish(job)
     assert (ended["JobState"], ended["Restarts"], ended["ExitCode"]) == ("FAILED", "0", "2:0"), cluster.log(job)
     assert "Did you mean 'model.guidance'?" in cluster.log(job)
+
+
+def test_a_wrong_flag_is_no_crash(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("MIXAR_OUTCOME", str(tmp_path / "outcome"))
+    monkeypatch.setattr(sys, "argv", ["train.py", "config.yaml", "--nothing"])
+    with pytest.raises(SystemExit):
+        train.main()
+    assert (tmp_path / "outcome").read_text() == "refused\n"
 
 
 def test_the_pipeline_runs_its_stages_in_order(cluster, home, chain) -> None:
