@@ -10,6 +10,7 @@ from mixar.config import ModelConfig, PriorConfig, SampleConfig, TokenizerConfig
 from mixar.model import MixAR, init_weights
 from mixar.prior import Prior
 from mixar.sampling import MixARPipeline
+from tests.home import make_home
 
 MODEL = ModelConfig(
     grid=8, latent_channels=4, code_bits=4, classes=3, class_tokens=2, head_depth=1, head_width=32,
@@ -46,3 +47,9 @@ def make_pipeline() -> Callable[..., MixARPipeline]:
 def release(make_pipeline, tmp_path_factory):
     """The export folder of a pipeline."""
     return make_pipeline().save_pretrained(tmp_path_factory.mktemp("release") / "tiny", images=7)
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """The root of a small training set with its config; nobody changes what is in it."""
+    return make_home(tmp_path_factory.mktemp("home"))

@@ -12,52 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mixar.__main__ import main
-from mixar.codecs import VAE, Tokenizer, load_tokenizer, load_vae
-from mixar.config import load_config, to_dict
-from mixar.data.images import open_images
-from mixar.data.shards import prepare
+from mixar.config import load_config
 from mixar.errors import UserError
-from mixar.prior import Prior
 from mixar.train import train
-from mixar.weights import read_export, write_export
-
-CONFIG = """
-run_dir: {root}/run
-data: {{images: {root}/images, shards: {root}/shards, image_size: 16, classes: 2, workers: 0}}
-vae: {{weights: {root}/vae, width: 16, multipliers: [1, 1, 1], blocks: 1, attention: [], latent_channels: 3}}
-tokenizer: {{weights: {root}/tokenizer, width: 16, multipliers: [1, 1, 1], blocks: 1, bits: 6}}
-prior: {{weights: {root}/prior, width: 16, depth: 1, heads: 2, mlp_width: 32}}
-model:
-  {{grid: 4, class_tokens: 2, encoder_width: 32, encoder_depth: 1, encoder_heads: 2, head_depth: 1, head_width: 32}}
-mask: {{group: 4}}
-ti_mix: {{enabled: true, start_epoch: 0.5, duration_epochs: 2}}
-optim: {{lr: 0.02, warmup_epochs: 0.5, ema: 0.9}}
-train:
-  {{epochs: 2.5, batch: 16, micro_batch: 8, precision: fp32, log_every: 2, checkpoint_every: 1.25, samples_every: 0}}
-sample: {{steps: 2, diffusion_steps: "4", prior_steps: 2}}
-"""
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    """64 images of two classes, codecs and a prior with random weights, shards, and the config of a run of 10 steps."""
-    root = tmp_path_factory.mktemp("home")
-    rng = np.random.default_rng(0)
-    for i in range(64):
-        path = root / "images" / "ab"[i % 2] / f"{i:02d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(path)
-    (root / "config.yaml").write_text(CONFIG.format(root=root))
-    cfg = load_config(root / "config.yaml")
-    torch.manual_seed(0)
-    for kind, network in (("vae", VAE(cfg.vae)), ("tokenizer", Tokenizer(cfg.tokenizer)), ("prior", Prior(cfg.prior))):
-        write_export(root / kind, kind, to_dict(getattr(cfg, kind)) | {"weights": None}, network.state_dict())
-    prepare(cfg, open_images(cfg.data), load_vae(cfg.vae), load_tokenizer(cfg.tokenizer), "cpu", progress=False)
-    return root
+from mixar.weights import read_export
 
 
 def config(home: Path, run: Path, *overrides: str):

@@ -1,0 +1,1 @@
+"""Ours by an `__init__.py`: torch-fidelity installs a package of the same name, which would win over a bare folder."""

@@ -1,0 +1,97 @@
+"""What runs need to be tried on: a small set of shards with its frozen networks, and several processes."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mixar.codecs import VAE, Tokenizer, load_tokenizer, load_vae
+from mixar.config import load_config, to_dict
+from mixar.data.images import open_images
+from mixar.data.shards import prepare
+from mixar.prior import Prior
+from mixar.weights import write_export
+
+CONFIG = """
+run_dir: {root}/run
+data: {{images: {root}/images, shards: {root}/shards, image_size: 16, classes: 2, workers: 0}}
+vae: {{weights: {root}/vae, width: 16, multipliers: [1, 1, 1], blocks: 1, attention: [], latent_channels: 3}}
+tokenizer: {{weights: {root}/tokenizer, width: 16, multipliers: [1, 1, 1], blocks: 1, bits: 6}}
+prior: {{weights: {root}/prior, width: 16, depth: 1, heads: 2, mlp_width: 32}}
+model:
+  {{grid: 4, class_tokens: 2, encoder_width: 32, encoder_depth: 1, encoder_heads: 2, head_depth: 1, head_width: 32}}
+mask: {{group: 4}}
+ti_mix: {{enabled: true, start_epoch: 0.5, duration_epochs: 2}}
+optim: {{lr: 0.02, warmup_epochs: 0.5, ema: 0.9}}
+train:
+  {{epochs: 2.5, batch: 16, micro_batch: 8, precision: fp32, log_every: 2, checkpoint_every: 1.25, samples_every: 0}}
+sample: {{steps: 2, diffusion_steps: "4", prior_steps: 2}}
+"""
+
+
+def make_home(root: Path) -> Path:
+    """64 images of two classes, codecs and a prior with random weights, shards, and the config of a run of 10 steps."""
+    rng = np.random.default_rng(0)
+    for i in range(64):
+        path = root / "images" / "ab"[i % 2] / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(path)
+    (root / "config.yaml").write_text(CONFIG.format(root=root))
+    cfg = load_config(root / "config.yaml")
+    torch.manual_seed(0)
+    for kind, network in (("vae", VAE(cfg.vae)), ("tokenizer", Tokenizer(cfg.tokenizer)), ("prior", Prior(cfg.prior))):
+        write_export(root / kind, kind, to_dict(getattr(cfg, kind)) | {"weights": None}, network.state_dict())
+    prepare(cfg, open_images(cfg.data), load_vae(cfg.vae), load_tokenizer(cfg.tokenizer), "cpu", progress=False)
+    return root
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def rank_environments(world: int, local: int | None = None) -> list[dict[str, str]]:
+    """What a launcher gives each rank; with `local` ranks a node, more than one node is pretended."""
+    local = local or world
+    port = str(free_port())
+    return [
+        {
+            "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank % local),
+            "LOCAL_WORLD_SIZE": str(local), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
+        }
+        for rank in range(world)
+    ]  # fmt: skip
+
+
+def start_ranks(
+    arguments: Sequence[str], world: int, local: int | None = None, log: Path | None = None, **env: str
+) -> list[subprocess.Popen]:
+    """`python ARGUMENTS` as so many ranks; what they say goes to `log`."""
+    out = subprocess.DEVNULL if log is None else log.open("a")
+    return [
+        subprocess.Popen(
+            [sys.executable, *arguments], env=os.environ | place | env, stdout=out, stderr=subprocess.STDOUT,
+            cwd=Path(__file__).parents[1],
+        )
+        for place in rank_environments(world, local)
+    ]  # fmt: skip
+
+
+def end(processes: list[subprocess.Popen], seconds: float = 120) -> list[int]:
+    """Wait as a launcher does: when one rank fails, the others are ended. The exit statuses."""
+    limit = time.monotonic() + seconds
+    while any(process.poll() is None for process in processes):
+        if any(process.poll() for process in processes) or time.monotonic() > limit:
+            time.sleep(2)  # the others may be about to tell what they saw
+            for process in processes:
+                process.kill()
+        time.sleep(0.05)
+    return [process.wait() for process in processes]
