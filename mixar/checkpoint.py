@@ -29,7 +29,7 @@ from mixar.config import Config, load_config, to_dict, to_yaml
 from mixar.dist import Place
 from mixar.engine import Engine
 from mixar.engine.slices import Slice, load_slices, save_slices
-from mixar.errors import UserError
+from mixar.errors import PassingError, UserError
 from mixar.metrics import log, start_log
 
 DONE = "DONE"
@@ -86,7 +86,7 @@ class RunDirectory:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
+            raise PassingError(  # a job that was requeued may come before its lost node has let go
                 f"another process is training in {self.path}: wait for it, or write run_dir=<another folder>"
             ) from None
         return lock

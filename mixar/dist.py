@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as c10d
 
-from mixar.errors import UserError
+from mixar.errors import PassingError, UserError
 
 T = TypeVar("T")
 
@@ -82,7 +82,7 @@ def start(timeout: float) -> Place:
         timeout: seconds without a step after which a run tells its stacks; collectives fail 10 s later.
 
     Raises:
-        UserError: as `find`; ranks that do not find each other.
+        UserError: as `find`; PassingError: ranks that do not find each other.
     """
     place = find()
     if place.launcher == "srun":
@@ -109,7 +109,7 @@ def join(place: Place, timeout: float) -> None:
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:  # torch's own errors of connection are of these families
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise UserError(
+        raise PassingError(
             f"rank {place.rank} of {place.world} did not meet the others at {where} ({_one_line(error)}): see that "
             "every rank was started, and that the address and port of rank 0's node can be reached from all nodes"
         ) from None
@@ -232,15 +232,13 @@ def _from_slurm() -> dict[str, str]:
 
 
 def _first_host(nodes: str) -> str:
-    """The first host of a list in Slurm's notation; a container may lack scontrol, so that simple lists need none."""
-    if re.fullmatch(r"[\w.-]+", nodes):
-        return nodes
+    """The first host of a list in Slurm's notation; the usual ones need no scontrol, which containers often lack."""
+    if usual := re.match(r"([\w.-]+)(?:\[(\d+)[-,\d]*\])?(?:,|$)", nodes):
+        return usual[1] + (usual[2] or "")
     if shutil.which("scontrol"):
-        return subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
-        ).stdout.split()[0]
-    if simple := re.match(r"([\w.-]+)(?:\[(\d+)|,)", nodes):
-        return simple[1] + (simple[2] or "")
+        told = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True)
+        if told.returncode == 0:
+            return told.stdout.split()[0]
     raise UserError(f"the first node of {nodes} is unknown here: export MASTER_ADDR=<its name> before srun")
 
 

@@ -11,6 +11,10 @@ class UserError(Exception):
     """
 
 
+class PassingError(UserError):
+    """What may be over when the same command is started again, such as a lost connection: job scripts do start it."""
+
+
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the known name closest to `given`, or the empty string when none is close."""
     close = difflib.get_close_matches(given, list(known), n=1, cutoff=0.6)

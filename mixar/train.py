@@ -24,7 +24,7 @@ from mixar.data.images import ImageSource, training_images
 from mixar.data.loader import ShardSource
 from mixar.data.manifest import check_manifest, read_manifest
 from mixar.engine import choose_engine
-from mixar.errors import UserError
+from mixar.errors import PassingError, UserError
 from mixar.metrics import log
 from mixar.objectives import MixARObjective, Objective, PriorObjective, TokenizerObjective, VAEObjective
 from mixar.plan import make_plan, render
@@ -121,8 +121,9 @@ def run(args: argparse.Namespace) -> None:
         _leave("done")
     except Stopped:
         _leave("stopped")
-    except UserError:
-        _leave("refused")
+    except UserError as error:
+        if not isinstance(error, PassingError):
+            _leave("refused")
         raise
 
 

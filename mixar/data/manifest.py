@@ -1,17 +1,20 @@
 """The manifest beside a set of shards: what they were made from, and whether a run fits them."""
 
 import json
+import logging
 import math
 import shlex
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from mixar.config import Config
-from mixar.errors import UserError
+from mixar.errors import PassingError, UserError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+WAITS = (1, 4, 16, 60)  # seconds between the tries of a remote that has answered before
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Manifest:
 def fetch(shards: str, cache: str | None, name: str) -> Path:
     """The local path of file `name` of a set; with a cache, the file is downloaded into it first.
 
+    A remote that has answered before is asked again for a while when it fails, since a run should outlive an outage.
     The file lock holds between the ranks and workers of a node and between unrelated jobs, and ends with its holder.
 
     Args:
@@ -60,7 +64,7 @@ def fetch(shards: str, cache: str | None, name: str) -> Path:
         cache: a local folder of its own for each set.
 
     Raises:
-        UserError: a URL without a cache, a file that is missing or cannot be fetched.
+        UserError: a URL without a cache, a file that is missing; PassingError: one that cannot be fetched.
     """
     if cache is None and ":/" in shards:
         raise UserError(f"data.shards={shards} is remote: write data.cache=FOLDER, where shards are kept once read")
@@ -74,17 +78,23 @@ def fetch(shards: str, cache: str | None, name: str) -> Path:
     from streaming.base.storage import CloudDownloader
 
     url = f"{shards.removeprefix('file://').rstrip('/')}/{name}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
-            if not path.is_file():
-                aside = path.with_name(f"{path.name}.part")
-                aside.unlink(missing_ok=True)  # of a process that was killed
-                CloudDownloader.direct_download(url, str(aside))
-                aside.replace(path)
-    except Exception as error:  # each kind of storage fails with errors of its own
-        raise UserError(f"cannot fetch {url} to {path} ({error}): check data.shards and data.cache") from None
-    return path
+    waits = list(WAITS) if Path(cache, MANIFEST).is_file() else []
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{path}.lock"):
+                if not path.is_file():
+                    aside = path.with_name(f"{path.name}.part")
+                    aside.unlink(missing_ok=True)  # of a process that was killed
+                    CloudDownloader.direct_download(url, str(aside))
+                    aside.replace(path)
+            return path
+        except Exception as error:  # each kind of storage fails with errors of its own
+            told = f"cannot fetch {url} to {path} ({error})"
+            if not waits:
+                raise PassingError(f"{told}: check data.shards and data.cache") from None
+            logging.getLogger("mixar").warning("%s, trying again in %g s", told, waits[0])
+            time.sleep(waits.pop(0))
 
 
 def read_manifest(shards: str, cache: str | None = None) -> Manifest:

@@ -1,8 +1,10 @@
 """Is this machine ready: versions, devices, memory, compilers; with a config also its folders and shards.
 
     mixar doctor [CONFIG] [key=value ...]
+    srun --ntasks-per-node=8 mixar doctor CONFIG          every rank checks its place; so under torchrun -m mixar doctor
 
-A line is `ok`, a `note` (it works, within the limit told), or `bad` (it will fail).
+Of several ranks the first one's findings are shown, then where other nodes differ, and a timed all-reduce. A line is
+`ok`, a `note` (it works, within the limit told), or `bad` (it will fail).
 """
 
 import argparse
@@ -10,14 +12,19 @@ import importlib
 import importlib.util
 import os
 import platform
+import re
 import shutil
+import socket
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as c10d
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -48,6 +55,40 @@ def examine(cfg: Config | None) -> Iterator[Finding]:
         yield writable("run_dir", cfg.run_dir)
         if cfg.task in ("prior", "mixar"):
             yield shards(cfg)
+
+
+def odd_ones(found: list[tuple[str, list[Finding]]]) -> Iterator[Finding]:
+    """Findings that a node has and most ranks do not, by the node's name.
+
+    Args:
+        found: the host name and findings of each rank.
+    """
+
+    def plain(finding: Finding) -> Finding:  # what is free differs everywhere
+        return finding._replace(text=re.sub(r"[\d.]+ GiB free", "room", finding.text))
+
+    usual = Counter(plain(finding) for _, findings in found for finding in set(findings))
+    odd = {(host, f) for host, findings in found for f in findings if usual[plain(f)] <= len(found) / 2}
+    for host, finding in sorted(odd):
+        yield Finding(finding.status, f"{host} differs from most: {finding.text}")
+
+
+def all_reduce(place: dist.Place, megabytes: int = 64, rounds: int = 5) -> Finding:
+    """A timed sum over all ranks, as gradients take it; a collective."""
+    values = torch.ones(megabytes * 2**18, device=place.device)
+    seconds = []
+    for _ in range(rounds + 1):  # the first one connects
+        begun = time.perf_counter()
+        c10d.all_reduce(values)
+        total = values[0].item()  # waits for it
+        seconds.append(time.perf_counter() - begun)
+        values.fill_(1)
+    if total != place.world:
+        return Finding("bad", f"an all-reduce over {place.world} ranks gave {total:g}: the interconnect is broken")
+    best = min(seconds[1:])
+    rate = 2 * (place.world - 1) / place.world * megabytes / 1024 / best
+    return Finding("ok", f"all-reduce of {megabytes} MiB over {place.world} ranks on {place.nodes} nodes: "
+                         f"{1000 * best:.1f} ms, {rate:.2f} GiB/s through each rank's link")  # fmt: skip
 
 
 def versions() -> Iterator[Finding]:
@@ -162,13 +203,27 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"several configs were given ({', '.join(files)}): write one")
     overrides = [text for text in args.given if "=" in text]
     cfg = load_config(files[0] if files else None, overrides) if args.given else None
-    findings = []
-    for finding in examine(cfg):
-        print(f"{finding.status:<4}  {finding.text}", flush=True)
-        findings.append(finding)
+    place = dist.start(timeout=120)
+    try:
+        findings = []
+        for finding in examine(cfg):
+            findings.append(finding)
+            if place.is_main:
+                _print(finding)
+        if place.world > 1:
+            together = [*odd_ones(dist.gather(place, (socket.gethostname(), findings))), all_reduce(place)]
+            for finding in together if place.is_main else []:
+                _print(finding)
+            findings = findings + together if place.is_main else []
+    finally:
+        dist.leave()
     bad = sum(finding.status == "bad" for finding in findings)
     if bad:
         raise UserError(f"{bad} of {len(findings)} checks are bad: mend what the lines that start with `bad` tell")
+
+
+def _print(finding: Finding) -> None:
+    print(f"{finding.status:<4}  {finding.text}", flush=True)
 
 
 def _requirements(name: str) -> list[Requirement]:

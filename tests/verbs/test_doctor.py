@@ -13,6 +13,8 @@ from mixar.__main__ import main
 from mixar.config import load_config
 from mixar.data.manifest import FORMAT, MANIFEST, Manifest
 from mixar.verbs import doctor
+from mixar.verbs.doctor import Finding
+from tests.home import end, start_ranks
 
 
 def install(site: Path, name: str, version: str, *requires: str) -> None:
@@ -125,3 +127,22 @@ def test_the_command_counts_what_is_bad(tmp_path: Path, capsys: pytest.CaptureFi
 def test_one_config_at_most(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "a.yaml", "b.yaml"]) == 2
     assert "a.yaml, b.yaml" in capsys.readouterr().err
+
+
+def test_the_odd_node_is_named() -> None:
+    same, card = Finding("ok", "torch 2.14.1"), Finding("ok", "GPU 0: H100, 80 GiB")
+    found = [(f"n{rank // 2}", [same, card, Finding("ok", f"/tmp has {rank}.5 GiB free")]) for rank in range(8)]
+    assert list(doctor.odd_ones(found)) == []
+    for rank in (4, 5):
+        found[rank] = ("n2", [Finding("ok", "torch 2.12.0"), Finding("bad", "run_dir cannot be written"), card])
+    assert [finding.text for finding in doctor.odd_ones(found)] == [
+        "n2 differs from most: run_dir cannot be written", "n2 differs from most: torch 2.12.0",
+    ]  # fmt: skip
+
+
+def test_several_ranks_are_checked_together(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert end(start_ranks(["-m", "mixar", "doctor"], 2, log=log)) == [0, 0], log.read_text()
+    told = log.read_text()
+    assert "ok    all-reduce of 64 MiB over 2 ranks" in told and "differs" not in told
+    assert told.count("ok    einops") == 1

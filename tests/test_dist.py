@@ -1,0 +1,78 @@
+"""Where a process stands, from what each launcher gives it."""
+
+import pytest
+import torch
+
+from mixar import dist
+from mixar.errors import UserError
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "n1",
+            "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "none"}  # fmt: skip
+DEEPSPEED = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+             "MASTER_PORT": "29500", "CROSS_RANK": "0", "CROSS_SIZE": "1"}  # fmt: skip
+SRUN = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_PROCID": "9", "SLURM_LOCALID": "1",
+        "SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
+        "SLURM_STEP_NODELIST": "n[3-4]"}  # fmt: skip
+
+
+@pytest.fixture
+def find(monkeypatch):
+    """`find(environment)` in an environment that has nothing else of any launcher."""
+
+    def run(environment: dict[str, str]) -> dist.Place:
+        for name in list(dist.os.environ):
+            if name in dist._PLACE or name.startswith(("SLURM_", "TORCHELASTIC", "LOCAL_SIZE", "CROSS_")):
+                monkeypatch.delenv(name)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return dist.find()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("environment", "launcher", "place"),
+    [
+        ({}, "python", (0, 1, 0, 1)),
+        (TORCHRUN, "torchrun", (5, 8, 1, 4)),
+        (DEEPSPEED, "deepspeed", (1, 2, 1, 2)),
+        (SRUN, "srun", (9, 16, 1, 8)),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "torchrun", (0, 1, 0, 1)),
+        # the batch shell of a job is no rank of anything
+        ({"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_NTASKS": "16"}, "python", (0, 1, 0, 1)),
+    ],
+)
+def test_each_launcher_s_place_is_found(find, environment, launcher, place) -> None:
+    found = find(environment)
+    assert (found.launcher, (found.rank, found.world, found.local_rank, found.local_world)) == (launcher, place)
+    assert found.nodes == place[1] // place[3] and found.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "no LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "0"}, "no WORLD_SIZE"),
+        (TORCHRUN | {"RANK": "eight"}, "RANK=eight is no number"),
+        (TORCHRUN | {"RANK": "8"}, "contradict each other"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "3"}, "contradict each other"),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "9,7"}, "nodes must hold equally many"),
+    ],
+)
+def test_a_half_set_environment_ends_with_a_sentence(find, environment, told) -> None:
+    with pytest.raises(UserError, match=told) as error:
+        find(environment)
+    assert "torchrun" in str(error.value) or "srun" in str(error.value)
+
+
+@pytest.mark.parametrize(("nodes", "first"), [("n7", "n7"), ("gpu-[08-11,14]", "gpu-08"), ("a3,b1", "a3")])
+def test_the_first_node_without_scontrol(find, monkeypatch, nodes, first) -> None:
+    find(SRUN | {"SLURM_STEP_NODELIST": nodes})
+    monkeypatch.setenv("PATH", "")
+    assert dist._from_slurm()["MASTER_ADDR"] == first
+
+
+def test_ranks_that_do_not_meet_say_so(find) -> None:
+    place = find(TORCHRUN | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "RANK": "1"})
+    with pytest.raises(UserError, match=r"rank 1 of 8 did not meet the others at 127\.0\.0\.1:1"):
+        dist.join(place, timeout=-9)
