@@ -22,6 +22,19 @@ def _tosses(p: float, device: torch.device) -> Tensor:
     return (u >= p).to(device)
 
 
+# an operator, so that a compiled block takes it as it is: the row is too long to become a constant of every graph
+@torch.library.custom_op("mixar::kept", mutates_args=())
+def _kept(keys: Tensor, site: int, width: int, p: float) -> Tensor:
+    windows = _tosses(p, keys.device).as_strided((TOSSES - width, width), (1, 1))
+    start = draws.bits(site, Stream.DROPOUT, keys.flatten(), 1)[:, 0].remainder(TOSSES - width)
+    return windows[start.view(keys.shape)]
+
+
+@_kept.register_fake
+def _(keys: Tensor, site: int, width: int, p: float) -> Tensor:
+    return keys.new_empty((*keys.shape, width), dtype=torch.bool)
+
+
 def token_keys(keys: Tensor, tokens: int, layer: int) -> Tensor:
     """int64 [B, tokens], one key a token in one layer, from one key an image, int64 [B]."""
     return draws.bits(layer, Stream.DROPOUT, keys, tokens)
@@ -33,8 +46,4 @@ def drop(x: Tensor, keys: Tensor, site: int, p: float) -> Tensor:
     Args:
         site: which dropout of the layer it is.
     """
-    width = x.shape[-1]
-    tosses = _tosses(p, x.device)
-    windows = tosses.as_strided((TOSSES - width, width), (1, 1))
-    start = draws.bits(site, Stream.DROPOUT, keys.flatten(), 1)[:, 0].remainder(TOSSES - width)
-    return torch.where(windows[start.view(keys.shape)], x * (1 / (1 - p)), 0.0)
+    return torch.where(_kept(keys, site, x.shape[-1], p), x * (1 / (1 - p)), 0.0)

@@ -16,6 +16,8 @@ ENGINES = ("ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3")
 # 30 steps, with dropout, and TI-Mix from the fifth on
 COMMON = ["train.batch=32", "train.epochs=15", "train.log_every=1", "train.checkpoint_every=5", "ti_mix.start_epoch=2"]
 PASS = {1: 16, 2: 8, 4: 4}  # images: two passes a step everywhere
+# under FSDP on two ranks: what is done to the blocks, and how far that may move the weights
+BLOCKS = {"recompute=all": 0.0, "recompute=head engine.compile=true": 1e-5}
 RESUMED = [  # (engine, ranks) that stopped after 10 steps, and the one that went on
     (("ddp", 2), ("fsdp", 4)), (("fsdp", 4), ("zero3", 2)), (("zero3", 2), ("ddp", 1)), (("hsdp", 4), ("zero1", 1)),
     (("zero2", 2), ("hsdp", 4)), (("ddp", 1), ("zero3", 4)),
@@ -44,7 +46,11 @@ def runs(home, tmp_path_factory) -> Path:
 
     for world in (1, 2, 4):
         engines = [engine for engine in ENGINES if world > 1 or engine != "hsdp"]
-        launch(home, [overrides(run(root, e, world), e, world) for e in engines], world, root / f"{world}.log")
+        told = [overrides(run(root, e, world), e, world) for e in engines]
+        if world == 2:
+            for i, settings in enumerate(BLOCKS):
+                told.append([*overrides(root / f"blocks-{i}", "fsdp", 2), *f"engine.{settings}".split()])
+        launch(home, told, world, root / f"{world}.log")
     for before, (engine, world) in RESUMED:
         folder = run(root, engine, world, before)
         shutil.copytree(run(root, *before), folder)
@@ -111,3 +117,11 @@ def test_any_engine_goes_on_from_any_other(runs, tmp_path, before, after) -> Non
         assert all(torch.equal(found[name], value) for name, value in expected.items())
     else:
         assert distance(found, expected, "model") < 1e-5 and distance(found, expected, "ema") < 1e-5
+
+
+@pytest.mark.parametrize("i", range(len(BLOCKS)))
+def test_recomputed_and_compiled_blocks_compute_the_same(runs, tmp_path, i) -> None:
+    tolerance = [*BLOCKS.values()][i]
+    found, plain = (state(complete_checkpoints(folder)[-1], tmp_path) for folder in (
+        runs / f"blocks-{i}", run(runs, "fsdp", 2)))  # fmt: skip
+    assert distance(found, plain, "model") <= tolerance and distance(found, plain, "ema") <= tolerance
