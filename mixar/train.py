@@ -18,7 +18,7 @@ import torch
 from mixar import dist
 from mixar.checkpoint import RunDirectory
 from mixar.codecs import LatentNorm
-from mixar.config import Config, load_config, to_yaml
+from mixar.config import Config, images_a_pass, load_config, to_yaml
 from mixar.data.batch import Source
 from mixar.data.images import ImageSource, training_images
 from mixar.data.loader import ShardSource
@@ -38,6 +38,7 @@ def train(cfg: Config) -> Path:
         UserError: what the user can mend.
         Stopped: a signal ended it, after a checkpoint.
     """
+    images_a_pass(cfg, dist.find().world)  # what cannot be divided is told before anything is written
     place = dist.start(cfg.engine.timeout)
     run = RunDirectory(cfg, place)
     try:
@@ -52,7 +53,7 @@ def train(cfg: Config) -> Path:
 def tell_start(cfg: Config, source: Source, place: dist.Place) -> None:
     """Log where and how the run will be computed, and how long it is."""
     engine, why = choose_engine(cfg, place)
-    micro = cfg.train.micro_batch or cfg.train.batch // place.world
+    micro = images_a_pass(cfg, place.world)
     log.info("training %s on %s, in %s", cfg.task, place.device, cfg.run_dir)
     log.info("engine %s, for %s; %d ranks on %d nodes, started by %s", engine, why, place.world, place.nodes,
              place.launcher)  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mixar import dist, draws
 from mixar.checkpoint import Progress, RunDirectory
-from mixar.config import Config
+from mixar.config import Config, images_a_pass
 from mixar.data.batch import Batch, Source
 from mixar.data.loader import Loader
 from mixar.dist import Agreement, Place
@@ -115,7 +115,7 @@ class Trainer:
     def _batches(self) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each step, from where the run stands."""
         train = self.cfg.train
-        micro = train.micro_batch or train.batch // self.place.world
+        micro = images_a_pass(self.cfg, self.place.world)
         loader = Loader(
             self.source, self.cfg.seed, train.batch, micro, self.place.rank, self.place.world, self.cfg.data.workers,
             self.cfg.data.flip, start=self.progress.images,

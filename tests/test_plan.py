@@ -313,9 +313,9 @@ def test_the_engine_of_a_run(gpus: int, overrides: list[str], chosen: tuple[str,
     [
         (12, [], "--gpus 12 fills no whole nodes of 8: write --gpus 16"),
         (0, [], "write --gpus 8"),
-        (48, [], "train.batch=2048 does not divide over 48 GPUs: write train.batch=2064"),
-        (128, [], "train.micro_batch=32 does not divide the 16 images of each of 128 GPUs: write train.micro_batch=16"),
-        (256, ["train.micro_batch=null"], "does not divide the micro-batch 8 on 256 GPUs: write mask.group=8"),
+        (48, [], "train.batch=2048 does not divide over 48 ranks: write train.batch=2064"),
+        (128, [], "train.micro_batch=32 does not divide the 16 images of each of 128 ranks"),
+        (256, ["train.micro_batch=null"], "does not divide the micro-batch 8 on 256 ranks: write mask.group=8"),
     ],
 )
 def test_a_layout_that_cannot_be_is_told_with_what_to_write(gpus: int, overrides: list[str], told: str) -> None:

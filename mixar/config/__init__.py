@@ -1,5 +1,6 @@
 """Every knob once; defaults < yaml < `key=value`, checked."""
 
+from mixar.config.checks import images_a_pass
 from mixar.config.knobs import (
     ENGINES,
     GUIDANCES,
@@ -37,6 +38,7 @@ __all__ = [
     "TokenizerConfig",
     "TrainConfig",
     "VAEConfig",
+    "images_a_pass",
     "load_config",
     "section_from_dict",
     "to_dict",

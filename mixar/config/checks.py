@@ -117,6 +117,31 @@ def _check_run(config: Config) -> None:
         )
 
 
+def images_a_pass(config: Config, ranks: int) -> int:
+    """The micro-batch of a run on so many ranks: `train.micro_batch`, else each rank's whole share of the batch.
+
+    Raises:
+        UserError: a batch that does not divide over the ranks, a share into passes, or a pass into groups of masks.
+    """
+    batch, mask = config.train.batch, config.mask
+    if batch % ranks:
+        fitting = math.ceil(batch / ranks) * ranks
+        raise UserError(f"train.batch={batch} does not divide over {ranks} ranks: write train.batch={fitting}")
+    share = batch // ranks
+    micro = config.train.micro_batch or share
+    if share % micro:
+        raise UserError(
+            f"train.micro_batch={micro} does not divide the {share} images of each of {ranks} ranks: "
+            f"write train.micro_batch={math.gcd(micro, share)}"
+        )
+    if config.task == "mixar" and mask.ratio_scope == "image" and micro % mask.group:
+        raise UserError(
+            f"mask.group={mask.group} does not divide the micro-batch {micro} on {ranks} ranks: "
+            f"write mask.group={math.gcd(mask.group, micro)}"
+        )
+    return micro
+
+
 _CHOICES = {
     "task": TASKS,
     "model.guidance": GUIDANCES,

@@ -12,7 +12,7 @@ import torch.distributed as c10d
 from torch import Tensor
 
 from mixar import dist
-from mixar.config import Config
+from mixar.config import Config, images_a_pass
 from mixar.dist import Place
 from mixar.engine.base import MOMENTS, Engine, Trainable
 from mixar.engine.blocks import prepare_blocks
@@ -29,7 +29,7 @@ def deepspeed_settings(cfg: Config, stage: int, world: int) -> dict[str, Any]:
     Raises:
         UserError: no such file, or one that contradicts the config.
     """
-    micro = cfg.train.micro_batch or cfg.train.batch // world
+    micro = images_a_pass(cfg, world)
     ours: dict[str, Any] = {
         "train_batch_size": cfg.train.batch,
         "train_micro_batch_size_per_gpu": micro,

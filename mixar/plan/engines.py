@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mixar.config import ENGINES, Config
+from mixar.config import ENGINES, Config, images_a_pass
 from mixar.errors import UserError
 from mixar.model import MixAR
 from mixar.plan.activations import activation_bytes
@@ -161,24 +161,7 @@ def lay_out(cfg: Config, model: MixAR, tokens: Tokens, frozen: int, gpus: int) -
     if gpus < 1 or (gpus > GPUS_A_NODE and gpus % GPUS_A_NODE):
         nodes = max(1, round(gpus / GPUS_A_NODE))
         raise UserError(f"--gpus {gpus} fills no whole nodes of {GPUS_A_NODE}: write --gpus {nodes * GPUS_A_NODE}")
-    batch, micro = cfg.train.batch, cfg.train.micro_batch
-    if batch % gpus:
-        raise UserError(
-            f"train.batch={batch} does not divide over {gpus} GPUs: write train.batch={math.ceil(batch / gpus) * gpus}"
-        )
-    share = batch // gpus
-    micro = micro or share
-    if share % micro:
-        raise UserError(
-            f"train.micro_batch={micro} does not divide the {share} images of each of {gpus} GPUs: "
-            f"write train.micro_batch={math.gcd(micro, share)}"
-        )
-    if cfg.mask.ratio_scope == "image" and micro % cfg.mask.group:
-        raise UserError(
-            f"mask.group={cfg.mask.group} does not divide the micro-batch {micro} on {gpus} GPUs: "
-            f"write mask.group={math.gcd(cfg.mask.group, micro)}"
-        )
-    return Layout(cfg, gpus, micro, Sizes.of(model), tokens, frozen)
+    return Layout(cfg, gpus, images_a_pass(cfg, gpus), Sizes.of(model), tokens, frozen)
 
 
 def engine_plans(layout: Layout, card: Card, flops: float, steps: int | None) -> dict[str, dict[str, Any]]:
