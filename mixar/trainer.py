@@ -28,8 +28,8 @@ from mixar.weights import read_fitting
 GO, STOP, FAILED = range(3)  # what ranks agree on before a step; the largest wins
 
 
-class Stopped(Exception):
-    """A signal ended the run early, after a checkpoint."""
+class Stopped(KeyboardInterrupt):
+    """A signal ended the run early, after a checkpoint. Whoever does not ask for it ends as after Ctrl-C."""
 
 
 class Trainer:
