@@ -1,6 +1,7 @@
 """What runs need to be tried on: a small set of shards with its frozen networks, and several processes."""
 
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -53,9 +54,12 @@ def make_home(root: Path) -> Path:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that is free, below those that the kernel hands out by itself: between probe and use it would."""
+    while True:
+        port = random.randrange(10000, 15000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
 
 
 def rank_environments(world: int, local: int | None = None) -> list[dict[str, str]]:

@@ -133,13 +133,13 @@ def test_a_rank_that_hangs_is_seen_in_the_log(home, tmp_path) -> None:
         "ShardSource.read = slow\nfrom mixar.train import main\nmain()\n"
     )
     run = tmp_path / "run"
-    arguments = ["-c", code, *train(home, run, "engine.timeout=4", "train.micro_batch=8")[1:]]
+    arguments = ["-c", code, *train(home, run, "engine.timeout=8", "train.micro_batch=8")[1:]]
     processes = start_ranks(arguments, 2, log=tmp_path / "log")
     begun = time.monotonic()
     assert end(processes) != [0, 0]
     assert time.monotonic() - begun < 100
     told = (run / "log.txt").read_text()
-    assert "rank 1: no step in 4 s since step 2 began" in told and "in slow" in told and told.count("MainThread:") == 2
+    assert "rank 1: no step in 8 s since step 2 began" in told and "in slow" in told and told.count("MainThread:") == 2
 
 
 def test_a_step_that_is_not_finite_is_skipped_by_all_ranks(home, tmp_path) -> None:
