@@ -97,7 +97,7 @@ class RunDirectory:
             return
         before, now = to_dict(load_config(file)), to_dict(cfg)
         for key, old, new in _differences(before, now):
-            if (key in FIXED or key.split(".")[0] in FIXED) and not key.endswith(".weights"):
+            if (key in FIXED or key.split(".")[0] in FIXED) and not key.endswith((".weights", ".attention")):
                 raise UserError(
                     f"{file} was started with {key}={old}, now it is {new}: write {key}={old}, or another run_dir"
                 )

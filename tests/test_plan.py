@@ -92,7 +92,7 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """A forward on the CPU that keeps what one on CUDA does: byte masks of dropout, norms in float32 under autocast,
     no probabilities of an attention with dropout."""
     norm = F.layer_norm
-    monkeypatch.setattr(attention, "attend", lambda q, k, v, *_: attend(q, k, v, 0.0, None))
+    monkeypatch.setattr(attention, "attend", lambda *given: attend(*given[:5], 0.0, "auto", None))
     monkeypatch.setattr(F, "layer_norm", lambda x, *rest, **named: norm(x.float(), *rest, **named))
 
 

@@ -2,6 +2,7 @@
 
 from mixar.config.checks import images_a_pass
 from mixar.config.knobs import (
+    ATTENTIONS,
     ENGINES,
     GUIDANCES,
     PRECISIONS,
@@ -22,6 +23,7 @@ from mixar.config.knobs import (
 from mixar.config.loading import load_config, section_from_dict, to_dict, to_yaml, validate
 
 __all__ = [
+    "ATTENTIONS",
     "ENGINES",
     "GUIDANCES",
     "PRECISIONS",

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from mixar.config.knobs import ENGINES, GUIDANCES, PRECISIONS, RECOMPUTE, TASKS, Config
+from mixar.config.knobs import ATTENTIONS, ENGINES, GUIDANCES, PRECISIONS, RECOMPUTE, TASKS, Config
 from mixar.errors import UserError
 
 
@@ -58,6 +58,16 @@ def _check_networks(config: Config) -> None:
                 f"{name.rstrip('.')} width {width} does not divide into {heads} heads: "
                 f"write {name}{'' if name.endswith('.') else '_'}heads={_divisor(width, heads)}"
             )
+    if model.attention in ("fa3", "fa4") and model.dropout > 0:
+        raise UserError(
+            f"model.attention={model.attention} has no dropout, model.dropout={model.dropout} asks for it: "
+            "write model.dropout=0, or model.attention=fa2"
+        )
+    if model.attention in ("flash", "cudnn", "fa2", "fa3", "fa4") and config.train.precision == "fp32":
+        raise UserError(
+            f"model.attention={model.attention} has no kernel for train.precision=fp32: write train.precision=bf16, or "
+            "model.attention=efficient"
+        )
     for name, codec in (("vae", config.vae), ("tokenizer", config.tokenizer)):
         stride = 2 ** (len(codec.multipliers) - 1)
         if codec.image_size % stride:
@@ -145,6 +155,7 @@ def images_a_pass(config: Config, ranks: int) -> int:
 _CHOICES = {
     "task": TASKS,
     "model.guidance": GUIDANCES,
+    "model.attention": ATTENTIONS,
     "mask.ratio_scope": ("image", "batch"),
     "ti_mix.source": ("online", "shards"),
     "ti_mix.draw": ("sample", "argmax"),

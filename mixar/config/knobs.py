@@ -11,6 +11,7 @@ TASKS = ("vae", "tokenizer", "prior", "mixar")
 GUIDANCES = ("none", "dc_mix", "dc_sa", "dc_ca")
 PRECISIONS = ("fp32", "bf16")
 ENGINES = ("ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3")
+ATTENTIONS = ("auto", "math", "efficient", "flash", "cudnn", "fa2", "fa3", "fa4")
 RECOMPUTE = ("none", "backbone", "head", "all")
 
 
@@ -118,6 +119,7 @@ class ModelConfig:
     head_depth: int = 6
     head_width: int = 1024
     diffusion_batch_mul: int = 4  # noise levels a masked token a step
+    attention: str = "auto"  # auto: torch chooses | math | efficient | flash | cudnn | fa2 | fa3 | fa4
 
     @property
     def tokens(self) -> int:

@@ -1,47 +1,173 @@
 """Attention over packed rows of tokens: the one place where images of different lengths meet."""
 
-from itertools import groupby
+import importlib
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mixar.errors import UserError
 from mixar.model.dropout import drop
 
 Lengths = tuple[int, ...]  # tokens of each image in a packed row, known on the host
 
 
-def runs(lengths: Lengths) -> list[tuple[int, int]]:
-    """Runs of consecutive images of one length, as (images, length)."""
-    return [(len(list(images)), length) for length, images in groupby(lengths)]
+class Kernel(NamedTuple):
+    """What an attention kernel needs, for `model.attention`.
+
+    Attributes:
+        backend: of torch's scaled_dot_product_attention; None where torch chooses, or is not asked.
+        majors: compute capabilities of the cards it runs on; empty where it runs everywhere.
+        module, name: the package that carries it, and what must be found in there.
+        package: how to get that package.
+    """
+
+    backend: SDPBackend | None
+    majors: tuple[int, ...] = ()
+    cards: str = ""
+    module: str = ""
+    name: str = ""
+    package: str = ""
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float, keys: Tensor | None) -> Tensor:
-    """Softmax attention of equal-length images, q [B, L, H, d] on k and v [B, M, H, d]: [B, L, H, d].
+_ANY_CARD = ((8, 9, 10, 11, 12), "a CUDA card of the Ampere generation or newer")
+KERNELS = {
+    "auto": Kernel(None),
+    "math": Kernel(SDPBackend.MATH),
+    "efficient": Kernel(SDPBackend.EFFICIENT_ATTENTION, *_ANY_CARD),
+    "flash": Kernel(SDPBackend.FLASH_ATTENTION, *_ANY_CARD),
+    "cudnn": Kernel(SDPBackend.CUDNN_ATTENTION, *_ANY_CARD),
+    "fa2": Kernel(
+        None, *_ANY_CARD, "flash_attn", "flash_attn_varlen_func",
+        "flash-attn 2, a wheel of github.com/Dao-AILab/flash-attention/releases for your torch and CUDA",
+    ),
+    "fa3": Kernel(
+        SDPBackend.FLASH_ATTENTION, (9,), "a Hopper card (H100, H200)", "flash_attn_interface", "flash_attn_func",
+        "FlashAttention-3, built in the folder hopper/ of github.com/Dao-AILab/flash-attention",
+    ),
+    "fa4": Kernel(
+        SDPBackend.FLASH_ATTENTION, (9, 10), "a Hopper or Blackwell card (H100, B200)", "flash_attn.cute.interface",
+        "flash_attn_func", "FlashAttention-4, flash_attn/cute of github.com/Dao-AILab/flash-attention",
+    ),
+}  # fmt: skip
+
+
+def prepare_attention(kernel: str, device: torch.device) -> str:
+    """Make sure that a kernel can run on `device` before anything is computed; returns in words what will run.
+
+    Dropout and precision, which some kernels lack, are the config's to check.
+
+    Raises:
+        UserError: another card or a package is needed.
+    """
+    needs = KERNELS[kernel]
+    cuda = device.type == "cuda"
+    if needs.majors and not (cuda and torch.cuda.get_device_capability(device)[0] in needs.majors):
+        found = torch.cuda.get_device_name(device) if cuda else "a CPU"
+        raise UserError(f"model.attention={kernel} needs {needs.cards}, not {found}: write model.attention=auto")
+    if needs.module:
+        try:
+            getattr(importlib.import_module(needs.module), needs.name)
+        except Exception as error:  # a build for another torch or card fails in ways of its own
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"model.attention={kernel} needs {needs.package} ({reason}): install it, or write model.attention=auto"
+            ) from None
+    if kernel in ("fa3", "fa4"):
+        try:
+            from torch.nn.attention import activate_flash_attention_impl
+        except ImportError:
+            raise UserError(
+                f"model.attention={kernel} needs a newer torch than {torch.__version__}, one that has "
+                "torch.nn.attention.activate_flash_attention_impl: write model.attention=auto"
+            ) from None
+        activate_flash_attention_impl(kernel.upper())
+        return f"{kernel} behind torch's scaled_dot_product_attention, images of one length together"
+    if kernel == "fa2":
+        return "flash_attn_varlen_func, images of all lengths in one call"
+    return f"torch's scaled_dot_product_attention ({kernel}), images of one length together"
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, memory: Lengths, dropout: float, kernel: str,
+    keys: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Softmax attention of packed images, each within itself.
 
     Args:
+        q: [T, H, d], image after image of `lengths`.
+        k, v: [M, H, d], image after image of `memory`.
         dropout: of the attention weights.
-        keys: int64 [B, L], one a query; None drops nothing.
+        kernel: `model.attention`.
+        keys: int64 [T], what decides on dropout, one a query; None drops nothing.
+
+    Returns:
+        [T, H, d].
     """
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if keys is None:
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    if q.device.type != "cpu":  # the fused kernels draw by themselves, from torch's generator
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2)
-    # on a CPU torch, too, holds all weights as soon as some of them are dropped
+    dropout = 0.0 if keys is None else dropout
+    if kernel == "fa2":  # draws by itself, from torch's generator
+        from flash_attn import flash_attn_varlen_func
+
+        starts, memory_starts = _starts(lengths, q.device), _starts(memory, q.device)
+        return flash_attn_varlen_func(q, k, v, starts, memory_starts, max(lengths), max(memory), dropout_p=dropout)
+    backend = KERNELS[kernel].backend
+    chosen: AbstractContextManager = nullcontext() if backend is None else sdpa_kernel(backend)
+    alike = _alike(lengths, memory)
+    sizes, memory_sizes = [b * n for b, n, _ in alike], [b * m for b, _, m in alike]
+    parts = [None] * len(sizes) if keys is None else keys.split(sizes)
+    outs = []
+    with chosen:
+        for (images, _, _), part, *rows in zip(
+            alike, parts, q.split(sizes), k.split(memory_sizes), v.split(memory_sizes)
+        ):
+            queries, those, values = (rearrange(x, "(b n) h d -> b h n d", b=images) for x in rows)
+            if part is None or q.device.type != "cpu":  # on a card the kernel draws by itself, from torch's generator
+                out = F.scaled_dot_product_attention(queries, those, values, dropout_p=dropout)
+            else:
+                out = _explicit(queries, those, values, dropout, part.view(images, -1))
+            outs.append(rearrange(out, "b h n d -> (b n) h d"))
+    return torch.cat(outs)
+
+
+def _alike(lengths: Lengths, memory: Lengths) -> list[tuple[int, int, int]]:
+    """Runs of consecutive images of one size, as (images, length, memory). torch.compile traces no groupby of pairs."""
+    runs: list[tuple[int, int, int]] = []
+    for n, m in zip(lengths, memory):
+        again = bool(runs) and runs[-1][1] == n and runs[-1][2] == m
+        images = runs.pop()[0] if again else 0
+        runs.append((images + 1, n, m))
+    return runs
+
+
+def _explicit(q: Tensor, k: Tensor, v: Tensor, dropout: float, keys: Tensor) -> Tensor:
+    """Attention of equal-length images, q [B, H, L, d] and keys [B, L], that drops what the image's key says.
+
+    It holds all weights; so does torch on a CPU as soon as some of them are dropped.
+    """
     weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
     heads = torch.arange(q.shape[1], device=q.device)[:, None]
-    return (drop(weights, keys[:, None] + heads, 0, dropout) @ v).transpose(1, 2)
+    return drop(weights, keys[:, None] + heads, 0, dropout) @ v
+
+
+# Under stratified ratios these are the same in every step: built once on the host, kept on the device.
+@lru_cache(maxsize=64)
+def _starts(lengths: Lengths, device: torch.device) -> Tensor:
+    """Where each image of a packed row starts, and the row ends: int32 [B + 1]."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention (timm's ViT layout: one qkv projection, in that order)."""
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    def __init__(self, width: int, heads: int, dropout: float, kernel: str) -> None:
         super().__init__()
-        self.heads = heads
-        self.dropout = dropout
+        self.heads, self.dropout, self.kernel = heads, dropout, kernel
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
@@ -51,25 +177,17 @@ class Attention(nn.Module):
         Args:
             keys: int64 [T], what decides on dropout; None drops nothing.
         """
-        qkv = rearrange(self.qkv(x), "t (three heads d) -> t three heads d", three=3, heads=self.heads)
-        sizes = [images * length for images, length in runs(lengths)]
-        parts = [None] * len(sizes) if keys is None else keys.split(sizes)
-        outs = []
-        for (images, length), rows, part in zip(runs(lengths), qkv.split(sizes), parts):
-            q, k, v = rearrange(rows, "(b n) three heads d -> three b n heads d", b=images, n=length)
-            out = attend(q, k, v, self.dropout, None if part is None else part.view(images, length))
-            outs.append(rearrange(out, "b n heads d -> (b n) (heads d)"))
-        x = self.proj(torch.cat(outs))
+        q, k, v = rearrange(self.qkv(x), "t (three heads d) -> three t heads d", three=3, heads=self.heads)
+        x = self.proj(attend(q, k, v, lengths, lengths, self.dropout, self.kernel, keys).flatten(1))
         return x if keys is None else drop(x, keys, 1, self.dropout)
 
 
 class CrossAttention(nn.Module):
     """Multi-head attention on a memory, projections without bias (DC-CA)."""
 
-    def __init__(self, width: int, memory_width: int, heads: int, dropout: float) -> None:
+    def __init__(self, width: int, memory_width: int, heads: int, dropout: float, kernel: str) -> None:
         super().__init__()
-        self.heads = heads
-        self.dropout = dropout
+        self.heads, self.dropout, self.kernel = heads, dropout, kernel
         self.q = nn.Linear(width, width, bias=False)
         self.k = nn.Linear(memory_width, width, bias=False)
         self.v = nn.Linear(memory_width, width, bias=False)
@@ -77,17 +195,8 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, lengths: Lengths, memory: Tensor, keys: Tensor | None) -> Tensor:
         """x [T, D] of `lengths`, each image on its own row of memory [B, N, D']: [T, D]. Keys as in `Attention`."""
-        q = rearrange(self.q(x), "t (heads d) -> t heads d", heads=self.heads)
-        k, v = (rearrange(f(memory), "b n (heads d) -> b n heads d", heads=self.heads) for f in (self.k, self.v))
-        sizes = [images * length for images, length in runs(lengths)]
-        counts = [images for images, _ in runs(lengths)]
-        parts = [None] * len(sizes) if keys is None else keys.split(sizes)
-        outs = []
-        for (images, length), rows, part, ks, vs in zip(
-            runs(lengths), q.split(sizes), parts, k.split(counts), v.split(counts)
-        ):
-            own = None if part is None else part.view(images, length)
-            out = attend(rearrange(rows, "(b n) h d -> b n h d", b=images, n=length), ks, vs, self.dropout, own)
-            outs.append(rearrange(out, "b n h d -> (b n) (h d)"))
-        x = self.proj(torch.cat(outs))
+        images, n, _ = memory.shape
+        rows = memory.flatten(0, 1)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (self.q(x), self.k(rows), self.v(rows)))
+        x = self.proj(attend(q, k, v, lengths, (n,) * images, self.dropout, self.kernel, keys).flatten(1))
         return x if keys is None else drop(x, keys, 1, self.dropout)

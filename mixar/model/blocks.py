@@ -30,15 +30,17 @@ class Block(nn.Module):
     Args:
         memory_width: width of the memory; None for a block without cross-attention. Its residual branch has no norm of
             its own: the published size of DC-CA leaves no room for one.
+        kernel: what attention runs in, `model.attention`.
     """
 
     def __init__(
-        self, width: int, heads: int, mlp_ratio: float, dropout: float, eps: float, memory_width: int | None = None
-    ) -> None:
+        self, width: int, heads: int, mlp_ratio: float, dropout: float, eps: float, memory_width: int | None = None,
+        kernel: str = "auto",
+    ) -> None:  # fmt: skip
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=eps)
-        self.attn = Attention(width, heads, dropout)
-        self.cross_attn = None if memory_width is None else CrossAttention(width, memory_width, heads, dropout)
+        self.attn = Attention(width, heads, dropout, kernel)
+        self.cross_attn = None if memory_width is None else CrossAttention(width, memory_width, heads, dropout, kernel)
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, int(width * mlp_ratio), dropout)
 

@@ -99,7 +99,7 @@ class MixAR(nn.Module):
         cfg = self.config
         memory = cfg.encoder_width if cfg.guidance == "dc_ca" else None
         return nn.ModuleList(
-            Block(width, heads, cfg.mlp_ratio, cfg.dropout, cfg.norm_eps, memory) for _ in range(depth)
+            Block(width, heads, cfg.mlp_ratio, cfg.dropout, cfg.norm_eps, memory, cfg.attention) for _ in range(depth)
         )
 
     def blocks(self) -> dict[str, list[nn.Module]]:

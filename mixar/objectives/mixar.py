@@ -133,7 +133,7 @@ class MixARObjective:
         if missing := self._missing():
             log.info("the export leaves out %s: the config names no weights of it", ", ".join(missing))
             latents = {"mean": self.norm.mean.tolist(), "std": self.norm.std.tolist()}
-            section = to_dict(self.cfg.model)
+            section = to_dict(self.cfg.model) | {"attention": "auto"}  # as in the pipeline's export
             write_export(
                 folder, "mixar", section, model.state_dict(), latents=latents, sample=to_dict(self.cfg.sample), **about
             )

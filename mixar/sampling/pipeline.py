@@ -104,7 +104,12 @@ class MixARPipeline:
         shutil.rmtree(aside, ignore_errors=True)
         about |= {"latents": {"mean": self.norm.mean.tolist(), "std": self.norm.std.tolist()}}
         write_export(
-            aside, "mixar", to_dict(self.model.config), self.model.state_dict(), sample=to_dict(self.settings), **about
+            aside,
+            "mixar",
+            to_dict(self.model.config) | {"attention": "auto"},  # what trained it need not be where it is sampled from
+            self.model.state_dict(),
+            sample=to_dict(self.settings),
+            **about,
         )
         for kind, network in (("vae", self.vae), ("tokenizer", self.tokenizer), ("prior", self.prior)):
             if network is not None:  # where its weights once lay means nothing to who gets the folder

@@ -43,6 +43,13 @@ def test_round_trip(make_pipeline, tmp_path, guidance):
         pipeline.save_pretrained(folder)
 
 
+def test_an_export_does_not_ask_for_the_attention_it_was_trained_with(make_pipeline, tmp_path):
+    pipeline = make_pipeline()
+    pipeline.model.config.attention = "fa2"
+    folder = pipeline.save_pretrained(tmp_path / "export")
+    assert MixARPipeline.from_pretrained(folder).model.config.attention == "auto"
+
+
 def test_stream_gives_what_a_call_gives(make_pipeline):
     pipeline = make_pipeline()
     batches = list(pipeline.stream(LABELS, SEEDS))
