@@ -160,6 +160,7 @@ _CHOICES = {
     "ti_mix.source": ("online", "shards"),
     "ti_mix.draw": ("sample", "argmax"),
     "ti_mix.schedule": ("linear", "cosine", "constant"),
+    "optim.implementation": ("torch", "apex"),
     "optim.schedule": ("constant", "cosine", "linear"),
     "train.precision": PRECISIONS,
     "engine.name": (None, *ENGINES),

@@ -165,6 +165,7 @@ class OptimConfig:
     weight_decay: float = 0.02
     warmup_epochs: float = 100.0
     schedule: str = "constant"  # after the warm-up: constant | cosine | linear, the latter two to zero
+    implementation: str = "torch"  # torch: its fused AdamW | apex: NVIDIA's FusedAdam
     clip: float = 3.0  # global gradient norm; 0 is off
     ema: float = 0.9999
     ema_warmup: bool = False  # ramp the decay as (1 + n) / (10 + n) first

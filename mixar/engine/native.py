@@ -64,10 +64,10 @@ class NativeEngine(Engine):
     def _update(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         norm = self._clip()
         finite = (torch.isfinite(norm) & torch.isfinite(loss)).float()
-        # the fused kernel leaves everything as it is where `found_inf` is set, without asking the host
+        # the optimizer leaves everything as it is where `found_inf` is set
         self.optimizer.grad_scale, self.optimizer.found_inf = None, 1 - finite  # type: ignore[attr-defined]
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         self.network.zero_grad(set_to_none=True)
         return norm, finite
 

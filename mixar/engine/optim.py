@@ -1,18 +1,27 @@
 """AdamW, its parameter groups, and the learning rate as a function of images seen."""
 
+import importlib
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mixar.config import OptimConfig
+from mixar.errors import UserError
 
 
 def build_optimizer(
     parameters: dict[str, Tensor], cfg: OptimConfig, decays: Callable[[str], bool]
-) -> torch.optim.AdamW:
-    """AdamW in two groups, with and without weight decay, as `decays(name)` says."""
+) -> torch.optim.Optimizer:
+    """AdamW in two groups, with and without weight decay, as `decays(name)` says.
+
+    Its step does nothing where its attribute `found_inf` is set.
+
+    Raises:
+        UserError: `optim.implementation=apex` without a card or without NVIDIA's apex.
+    """
     groups = [
         {
             "params": [p for name, p in parameters.items() if decays(name) is decay],
@@ -22,7 +31,44 @@ def build_optimizer(
     ]
     # a rank may hold no slice of a small model, and AdamW wants a parameter
     filled = [group for group in groups if group["params"]] or [{"params": [torch.zeros(1)]}]
-    return torch.optim.AdamW(filled, lr=0.0, betas=(cfg.betas[0], cfg.betas[1]), fused=True)
+    betas = (cfg.betas[0], cfg.betas[1])
+    if cfg.implementation == "torch":
+        return torch.optim.AdamW(filled, lr=0.0, betas=betas, fused=True)  # skips without asking the host
+    if not all(p.is_cuda for p in parameters.values()):
+        raise UserError("optim.implementation=apex needs a CUDA card, this is a CPU: write optim.implementation=torch")
+    return apex_adamw(filled, betas)
+
+
+def apex_adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.Optimizer:
+    """apex's FusedAdam as AdamW, with the skipping and the state of torch's.
+
+    Raises:
+        UserError: without NVIDIA's apex.
+    """
+    try:
+        fused_adam: Any = importlib.import_module("apex.optimizers").FusedAdam
+
+        class Apex(fused_adam):  # the base is known at run time only
+            found_inf: torch.Tensor | None = None
+
+            def step(self) -> None:
+                # one wait for the device: this kernel always writes
+                if self.found_inf is not None and self.found_inf.item():
+                    return
+                for group in self.param_groups:
+                    counts = [self.state[p]["step"] for p in group["params"] if "step" in self.state[p]]
+                    if counts:  # ZeRO-3 steps with one of its partitions in one group at a time
+                        group["step"] = int(counts[0].item())  # apex counts by group, checkpoints by parameter
+                        torch._foreach_add_(counts, 1)
+                super().step()
+
+        return Apex(groups, lr=0.0, betas=betas, adam_w_mode=True)
+    except Exception as error:  # without its CUDA extension it fails in ways of its own
+        reason = " ".join(str(error).split())
+        raise UserError(
+            "optim.implementation=apex needs NVIDIA's apex, built of github.com/NVIDIA/apex with its CUDA extensions; "
+            f"PyPI's apex is another package ({reason}): install it, or write optim.implementation=torch"
+        ) from None
 
 
 def learning_rate(cfg: OptimConfig, batch: int, epoch: float, epochs: float) -> float:

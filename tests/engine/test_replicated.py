@@ -1,6 +1,8 @@
 """One process's engine: accumulation, clipping, skipping, EMA, and what it saves."""
 
 import math
+import sys
+import types
 from itertools import pairwise
 
 import pytest
@@ -8,9 +10,11 @@ import torch
 
 from mixar.config import Config, OptimConfig, TrainConfig
 from mixar.dist import Place
-from mixar.engine import build_engine, learning_rate
+from mixar.engine import build_engine, learning_rate, native
 from mixar.engine.native import ReplicatedEngine
+from mixar.engine.optim import apex_adamw, build_optimizer
 from mixar.engine.slices import save_slices
+from mixar.errors import UserError
 from mixar.objectives.base import mean_of
 
 PLACE = Place(0, 1, torch.device("cpu"))
@@ -126,3 +130,83 @@ def test_learning_rate(schedule: str, end: float) -> None:
     assert at(100) == pytest.approx(end)
     rates = [at(e) for e in range(10, 101)]
     assert all(a >= b for a, b in pairwise(rates))
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """What apex's does to parameters and state, as its source has it: one count a group, and no way to skip."""
+
+    def __init__(self, params, lr, betas, adam_w_mode, eps=1e-8, weight_decay=0.0):
+        assert adam_w_mode
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def zero_grad(self):
+        super().zero_grad()
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                state = self.state[p]
+                state["exp_avg"].lerp_(p.grad, 1 - beta1)
+                state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+                mean = state["exp_avg"] / (1 - beta1 ** group["step"])
+                scale = (state["exp_avg_sq"] / (1 - beta2 ** group["step"])).sqrt() + group["eps"]
+                p.sub_(group["lr"] * (mean / scale + group["weight_decay"] * p))
+
+
+def with_apex(monkeypatch) -> ReplicatedEngine:
+    """An engine whose optimizer is apex's, on the CPU."""
+    apex = types.ModuleType("apex.optimizers")
+    apex.FusedAdam = FusedAdam
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+    monkeypatch.setitem(sys.modules, "apex.optimizers", apex)
+
+    def build(parameters, cfg, decays):
+        plain = build_optimizer(parameters, cfg, decays)
+        groups = [{name: group[name] for name in ("params", "weight_decay")} for group in plain.param_groups]
+        return apex_adamw(groups, (0.9, 0.95))
+
+    monkeypatch.setattr(native, "build_optimizer", build)
+    tested = engine(OptimConfig(weight_decay=0.1))
+    monkeypatch.undo()
+    return tested
+
+
+def test_apex_does_what_torch_does(monkeypatch, tmp_path) -> None:
+    plain, apex = engine(OptimConfig(weight_decay=0.1)), with_apex(monkeypatch)
+    for step in range(6):
+        data = batch(step)
+        if step == 2:
+            data[0] = math.nan  # skipped by both
+        if step == 4:  # resumed: the count, which apex keeps elsewhere, must come back
+            save_slices(apex.save(), tmp_path)
+            apex = with_apex(monkeypatch)
+            apex.load(tmp_path)
+        plain.step([data], 0.0), apex.step([data], 0.0)
+    assert isinstance(apex.optimizer, FusedAdam)
+    for name, value in values(plain).items():
+        torch.testing.assert_close(value, values(apex)[name])
+
+
+def test_apex_steps_with_one_group_at_a_time(monkeypatch) -> None:
+    apex = with_apex(monkeypatch).optimizer
+    first, second = (group["params"] for group in apex.param_groups)
+    for p in (*first, *second):
+        p.grad = torch.ones_like(p)
+    for step in range(1, 3):
+        for params in ([first, []], [[], second]):  # as ZeRO-3 does with its partitions
+            for group, some in zip(apex.param_groups, params):
+                group["params"] = some
+            apex.step()
+        assert {int(apex.state[p]["step"]) for p in (*first, *second)} == {step}
+        assert apex.param_groups[1]["step"] == step
+
+
+def test_apex_is_asked_for_by_name_and_missed_by_name(monkeypatch) -> None:
+    with pytest.raises(UserError, match="needs a CUDA card"):
+        engine(OptimConfig(implementation="apex"))
+    with pytest.raises(UserError, match=r"PyPI's apex is another package .*write optim.implementation=torch"):
+        monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+        apex_adamw([{"params": [torch.nn.Parameter(torch.zeros(2))]}], (0.9, 0.95))
