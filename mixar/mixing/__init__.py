@@ -1,6 +1,6 @@
 """The paper's heart as pure functions: the mask (Eq. 8) and the mixtures (Eqs. 9-12)."""
 
 from mixar.mixing.masking import Masking, masked_counts, ratio_quantile
-from mixar.mixing.ti_mix import ground_truth_share, ti_mix
+from mixar.mixing.ti_mix import Mixture, ground_truth_share, ti_mix
 
-__all__ = ["Masking", "ground_truth_share", "masked_counts", "ratio_quantile", "ti_mix"]
+__all__ = ["Masking", "Mixture", "ground_truth_share", "masked_counts", "ratio_quantile", "ti_mix"]

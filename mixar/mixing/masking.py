@@ -76,6 +76,11 @@ class Masking:
         seen_first = F.pad(self.masked, (prefix, 0)).int().argsort(dim=-1, stable=True)
         return _flat(seen_first)[_spans(self.visible, seen_first.shape[1], prefix, False, self.masked.device)]
 
+    def slots(self, prefix: int) -> Tensor:
+        """`packed_rows` inverted: int64 [B, prefix + N], the packed row of each position, -1 where masked."""
+        seen = F.pad(~self.masked, (prefix, 0), value=True)
+        return torch.where(seen, seen.flatten().cumsum(0).view_as(seen) - 1, -1)
+
     @property
     def masked_rows(self) -> Tensor:
         """Where the masked positions lie in [B, N], flattened: int64 [R], image by image in raster order."""

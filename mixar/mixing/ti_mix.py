@@ -1,11 +1,26 @@
 """TI-Mix (Eq. 12): from the true discrete tokens to the prior's, as training goes on."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mixar.config import TIMixConfig
+
+
+class Mixture(NamedTuple):
+    """What TI-Mix puts in place of true tokens, and where; mixed as late as in the operator that embeds them.
+
+    Attributes:
+        drawn: int64 [B, N], the prior's x̂_d.
+        rho: float32 [B, N], uniform on [0, 1).
+        share: float32 [1], λ.
+    """
+
+    drawn: Tensor
+    rho: Tensor
+    share: Tensor
 
 
 def ground_truth_share(cfg: TIMixConfig, epoch: float) -> float:
@@ -19,7 +34,7 @@ def ground_truth_share(cfg: TIMixConfig, epoch: float) -> float:
     return 1 + (cfg.end - 1) * fallen
 
 
-def ti_mix(codes: Tensor, drawn: Tensor, masked: Tensor, rho: Tensor, share: float) -> Tensor:
+def ti_mix(codes: Tensor, drawn: Tensor, masked: Tensor, rho: Tensor, share: float | Tensor) -> Tensor:
     """Eq. 12: the true token where ρ < λ or the position is visible, the prior's draw elsewhere.
 
     Args:

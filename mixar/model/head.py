@@ -24,7 +24,10 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """t [R] on the scale of the 1000 training steps: [R, w]."""
-        return self.mlp(timestep_embed(t, self.features))
+        kind = t.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if autocast else next(self.mlp.parameters()).dtype
+        return self.mlp(timestep_embed(t, self.features, dtype=dtype))
 
 
 class ResBlock(nn.Module):

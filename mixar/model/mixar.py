@@ -4,16 +4,16 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 
 from mixar.config import ModelConfig
-from mixar.mixing import Masking
+from mixar.mixing import Masking, Mixture, ti_mix
 from mixar.model.blocks import Block
 from mixar.model.diffusion import Diffusion
 from mixar.model.dropout import token_keys
 from mixar.model.head import Head
-from mixar.ops import code_bits, mix_gather
+from mixar.ops import mix_gather
 
 
 def patchify(latents: Tensor, patch: int) -> Tensor:
@@ -50,6 +50,38 @@ class DiffusionHead(nn.Module):
         self.net = Head(cfg.token_dim, cfg.decoder_width, cfg.head_depth, cfg.head_width)
 
 
+class CodeProjection(nn.Module):
+    """DC-Mix (Eq. 9) with its linear map of the n bits.
+
+    The operator is called here, and not by the model, because an engine that shards parameters has those of a module
+    at hand in that module's forward only. The same goes for `CodeTable`.
+    """
+
+    def __init__(self, bits: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, bits))
+        self.bias = nn.Parameter(torch.empty(width))
+
+    def forward(
+        self, encoded: Tensor, slots: Tensor, codes: Tensor, positions: Tensor, mixture: Mixture | None
+    ) -> Tensor:
+        """The decoder's input [B, P, D]. Arguments as in `mix_gather`."""
+        return mix_gather(encoded, slots, codes, self.weight, self.bias, positions, *(mixture or ()))
+
+
+class CodeTable(nn.Module):
+    """The learned table of the discrete tokens (DC-SA, DC-CA)."""
+
+    def __init__(self, codes: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(codes, width))
+
+    def forward(self, codes: Tensor, positions: Tensor) -> Tensor:
+        """Tokens [B, N] with their positions [N, D]: [B, N, D]. A dropped one (negative) has its position alone."""
+        unseen = torch.full_like(codes, -1)
+        return mix_gather(positions.new_empty(0, positions.shape[1]), unseen, codes, self.weight, None, positions)
+
+
 class MixAR(nn.Module):
     """Continuous masked autoregression p(x_c | x_d) (Eq. 6).
 
@@ -83,11 +115,11 @@ class MixAR(nn.Module):
         self.diffusion_pos_embed_learned = nn.Parameter(torch.empty(1, n, dec))
 
         if cfg.guidance == "dc_mix":
-            self.code_proj = nn.Linear(cfg.code_bits, dec)
+            self.code_proj = CodeProjection(cfg.code_bits, dec)
         else:
             self.mask_token = nn.Parameter(torch.empty(1, 1, dec))
         if cfg.guidance in ("dc_sa", "dc_ca"):
-            self.code_emb = nn.Embedding(codes, enc)
+            self.code_emb = CodeTable(codes, enc)
         if cfg.guidance == "dc_sa":
             self.encoder_code_pos_embed_learned = nn.Parameter(torch.empty(1, n, enc))
             self.decoder_code_pos_embed_learned = nn.Parameter(torch.empty(1, n, dec))
@@ -120,23 +152,12 @@ class MixAR(nn.Module):
             embedding if drop is None else torch.where(drop[:, None], self.fake_latent.to(embedding.dtype), embedding)
         )
 
-    def _code_embedding(self, codes: Tensor) -> Tensor:
-        """The learned table [B, N, D]; dropped tokens (negative) embed to zero."""
-        return self.code_emb(codes.clamp_min(0)) * (codes >= 0)[..., None]
-
     def _memory(self, codes: Tensor | None) -> Tensor | None:
         if self.config.guidance != "dc_ca":
             return None
         assert codes is not None
-        positions = self.encoder_pos_embed_learned[:, self.config.class_tokens :]
-        return F.layer_norm(self._code_embedding(codes) + positions, (self.config.encoder_width,))
-
-    def _with_codes(self, positions: Tensor, codes_positions: str) -> Tensor:
-        """A position table [1, S + N, D] with DC-SA's own positions between class tokens and continuous tokens."""
-        if self.config.guidance != "dc_sa":
-            return positions
-        s = self.config.class_tokens
-        return torch.cat([positions[:, :s], getattr(self, codes_positions), positions[:, s:]], 1)
+        positions = self.encoder_pos_embed_learned[0, self.config.class_tokens :]
+        return F.layer_norm(self.code_emb(codes, positions), (self.config.encoder_width,))
 
     def encode(
         self, tokens: Tensor, classes: Tensor, masking: Masking, codes: Tensor | None, keys: Tensor | None = None
@@ -152,12 +173,12 @@ class MixAR(nn.Module):
         Returns:
             [T, D], packed as `masking.packed_rows(self.prefix)`.
         """
-        parts = [repeat(classes, "b d -> b s d", s=self.config.class_tokens), self.z_proj(tokens)]
+        s, positions = self.config.class_tokens, self.encoder_pos_embed_learned
+        parts = [classes[:, None] + positions[:, :s], self.z_proj(tokens) + positions[:, s:]]
         if self.config.guidance == "dc_sa":
             assert codes is not None
-            parts.insert(1, self._code_embedding(codes))
-        x = torch.cat([part.to(parts[-1].dtype) for part in parts], 1)
-        x = x + self._with_codes(self.encoder_pos_embed_learned, "encoder_code_pos_embed_learned")
+            parts.insert(1, self.code_emb(codes, self.encoder_code_pos_embed_learned[0]))
+        x = torch.cat(parts, 1)
         rows = masking.packed_rows(self.prefix)
         lengths = tuple(self.prefix + v for v in masking.visible)
         memory = self._memory(codes)
@@ -168,18 +189,25 @@ class MixAR(nn.Module):
         return self.encoder_norm(x)
 
     def decode(
-        self, encoded: Tensor, masking: Masking, codes: Tensor | None, keys: Tensor | None = None
-    ) -> Tensor:
-        """The decoder over all positions, up to its final norm's input: [B, N, D]. Arguments as in `encode`."""
+        self, encoded: Tensor, masking: Masking, codes: Tensor | None, keys: Tensor | None = None,
+        mixture: Mixture | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The decoder over all positions, up to its final norm's input: [B, N, D]. Arguments as in `encode`.
+
+        Args:
+            mixture: TI-Mix's part under DC-Mix, where `codes` are the true tokens.
+        """
         b, n = masking.masked.shape
-        embedded = self.decoder_embed(encoded)
+        s, positions = self.config.class_tokens, self.decoder_pos_embed_learned[0]
+        embedded, slots = self.decoder_embed(encoded), masking.slots(self.prefix)
         if self.config.guidance == "dc_mix":
             assert codes is not None
-            filling = F.pad(self.code_proj(code_bits(codes, self.config.code_bits)), (0, 0, self.prefix, 0))
+            x = self.code_proj(embedded, slots, codes, positions, mixture)
         else:
-            filling = self.mask_token.expand(b, self.prefix + n, -1)
-        x = mix_gather(embedded, masking.packed_rows(self.prefix), filling.to(embedded.dtype))
-        x = x + self._with_codes(self.decoder_pos_embed_learned, "decoder_code_pos_embed_learned")
+            if self.config.guidance == "dc_sa":
+                positions = torch.cat([positions[:s], self.decoder_code_pos_embed_learned[0], positions[s:]])
+            vector = self.mask_token[0, 0]  # a bias without bits
+            x = mix_gather(embedded, slots, None, vector.new_empty(len(vector), 0), vector, positions)
         lengths = (self.prefix + n,) * b
         memory = self._memory(codes)
         x = x.flatten(0, 1)
@@ -189,10 +217,13 @@ class MixAR(nn.Module):
 
     def condition(
         self, tokens: Tensor, classes: Tensor, masking: Masking, codes: Tensor | None, rows: Tensor,
-        keys: Tensor | None = None,
+        keys: Tensor | None = None, mixture: Mixture | None = None,
     ) -> Tensor:  # fmt: skip
-        """z [R, D], the head's condition at `rows` of the flattened [B*N] positions. Arguments as in `encode`."""
-        x = self.decode(self.encode(tokens, classes, masking, codes, keys), masking, codes, keys)
+        """z [R, D], the head's condition at `rows` of the flattened [B*N] positions. Arguments as in `forward`."""
+        if mixture is not None and self.config.guidance != "dc_mix":  # a prefix or a memory is read more than once
+            assert codes is not None
+            codes = ti_mix(codes, mixture.drawn, masking.masked, mixture.rho, mixture.share)
+        x = self.decode(self.encode(tokens, classes, masking, codes, keys), masking, codes, keys, mixture)
         z = self.decoder_norm(x.flatten(0, 1)[rows])
         return z + self.diffusion_pos_embed_learned[0, rows % self.config.tokens]
 
@@ -206,6 +237,7 @@ class MixAR(nn.Module):
         noise: Tensor,
         drop: Tensor | None = None,
         keys: Tensor | None = None,
+        mixture: Mixture | None = None,
     ) -> Losses:
         """The diffusion loss (Eq. 5) on the masked rows, each at `mul` noise levels.
 
@@ -217,13 +249,14 @@ class MixAR(nn.Module):
             noise: ε [mul, R, C].
             drop: bool [B], where the class is dropped.
             keys: as in `encode`; needed to train with dropout.
+            mixture: what TI-Mix puts in place of some `codes` (Eq. 12).
         """
         if not self.training or self.config.dropout == 0:
             keys = None
         else:
             assert keys is not None, "training with dropout needs a key an image"
         rows = masking.masked_rows
-        z = self.condition(tokens, self.class_embedding(labels, drop), masking, codes, rows, keys)
+        z = self.condition(tokens, self.class_embedding(labels, drop), masking, codes, rows, keys, mixture)
         target = tokens.flatten(0, 1)[rows]
         mul = len(t)
         z, target = z.repeat(mul, 1), target.repeat(mul, 1)

@@ -14,7 +14,7 @@ from mixar.data.batch import Batch
 from mixar.draws import Stream
 from mixar.engine import Scalars
 from mixar.metrics import log
-from mixar.mixing import Masking, ground_truth_share, masked_counts, ti_mix
+from mixar.mixing import Masking, Mixture, ground_truth_share, masked_counts
 from mixar.model import MixAR, initial_value, patchify
 from mixar.model.diffusion import STEPS
 from mixar.objectives.base import mean_of, means_by_bucket
@@ -54,7 +54,7 @@ class MixARObjective:
         cfg, seed = self.cfg.model, self.cfg.seed
         batch, masking = self._mask(batch)
         n, c, mul = cfg.tokens, cfg.token_dim, cfg.diffusion_batch_mul
-        codes, share, generated = self._codes(batch, masking, epoch)
+        codes, mixture, share, generated = self._codes(batch, masking, epoch)
         drop = draws.uniform(seed, Stream.CLASS_DROP, batch.index, 1)[:, 0] < cfg.class_drop_prob
         rows = masking.masked_rows
         t = (draws.uniform(seed, Stream.TIMESTEP, batch.index, mul, n) * STEPS).long()
@@ -64,7 +64,7 @@ class MixARObjective:
 
         keys = draws.bits(seed, Stream.DROPOUT, batch.index, 1)[:, 0]
 
-        losses = model(self._tokens(batch), batch.labels, masking, codes, t, noise, drop, keys)
+        losses = model(self._tokens(batch), batch.labels, masking, codes, t, noise, drop, keys, mixture)
 
         each = losses.mse + losses.vb
         ratio = masking.masked.float().mean(-1)[rows // n].expand_as(each)
@@ -95,23 +95,27 @@ class MixARObjective:
         noise = draws.normal(self.cfg.seed, Stream.POSTERIOR, batch.index, *mean.shape[1:])
         return patchify(self.norm.normalise(mean + std * noise), self.cfg.model.patch)
 
-    def _codes(self, batch: Batch, masking: Masking, epoch: float) -> tuple[Tensor | None, float, Tensor]:
-        """The discrete tokens that guide (Eqs. 10-12), λ, and the share of masked positions that got a drawn token."""
+    def _codes(
+        self, batch: Batch, masking: Masking, epoch: float
+    ) -> tuple[Tensor | None, Mixture | None, float, Tensor]:
+        """The discrete tokens that guide (Eqs. 10-12): true ones, what is mixed in, λ, and the share that it gets."""
         cfg, seed = self.cfg, self.cfg.seed
         share = ground_truth_share(cfg.ti_mix, epoch)
         nothing = torch.zeros(2, device=batch.labels.device)
         if cfg.model.guidance == "none":
-            return None, share, nothing
+            return None, None, share, nothing
         assert batch.codes is not None
-        codes, generated = batch.codes, nothing
+        codes, mixture, generated = batch.codes, None, nothing
         if share < 1:
             rho = draws.uniform(seed, Stream.RHO, batch.index, cfg.model.tokens)
-            codes = ti_mix(codes, self._drawn(batch, masking), masking.masked, rho, share)
+            mixture = Mixture(self._drawn(batch, masking), rho, torch.full((1,), share, device=rho.device))
             generated = torch.stack([(masking.masked & (rho >= share)).sum(), masking.masked.sum()]).float()
         if cfg.model.guidance_drop_prob > 0:
             drop = draws.uniform(seed, Stream.CODE_DROP, batch.index, 1) < cfg.model.guidance_drop_prob
             codes = codes.masked_fill(drop, -1)
-        return codes, share, generated
+            if mixture is not None:
+                mixture = mixture._replace(drawn=mixture.drawn.masked_fill(drop, -1))
+        return codes, mixture, share, generated
 
     def _drawn(self, batch: Batch, masking: Masking) -> Tensor:
         if batch.drawn is not None:

@@ -17,7 +17,7 @@ RECOMPUTED = {  # parameters of the blocks that each `engine.recompute` runs for
     "all": ("encoder_blocks.", "decoder_blocks.", "diffloss.net.res_blocks."),
 }
 # layers on data: no gradient flows further down
-_FIRST = ("z_proj.", "code_proj.", "diffloss.net.input_proj.", "diffloss.net.time_embed.mlp.0.")
+_FIRST = ("z_proj.", "diffloss.net.input_proj.", "diffloss.net.time_embed.mlp.0.")
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ def mean_tokens(cfg: Config) -> Tokens:
 
 
 def matrices(module: nn.Module) -> dict[str, int]:
-    """Values of each matrix that multiplies tokens; embedding tables are looked up, not multiplied."""
+    """Values of each matrix that multiplies tokens; tables are looked up, the code bits' map adds its columns up."""
     return {
         name: p.numel()
         for name, p in module.named_parameters()
-        if p.ndim == 2 and name.endswith("weight") and not name.endswith("_emb.weight")
+        if p.ndim == 2 and name.endswith("weight") and not name.endswith(("_emb.weight", "code_proj.weight"))
     }
 
 
@@ -81,7 +81,7 @@ def _tokens_at(name: str, model: MixAR, tokens: Tokens) -> float:
     """How many tokens of an image the matrix `name` multiplies."""
     if name.startswith("diffloss."):
         return tokens.rows
-    if name.startswith(("z_proj.", "code_proj.")) or ".cross_attn.k." in name or ".cross_attn.v." in name:
+    if name.startswith("z_proj.") or ".cross_attn.k." in name or ".cross_attn.v." in name:
         return model.config.tokens
     return tokens.decoder if name.startswith("decoder_blocks.") else tokens.encoder
 

@@ -73,3 +73,11 @@ def test_row_weights_give_the_mean_of_image_means() -> None:
     values = torch.randn(15, generator=torch.Generator().manual_seed(0))
     means = torch.stack([part.mean() for part in values.split([2, 5, 8])])
     torch.testing.assert_close((values * masking.row_weights).sum(), means.mean())
+
+
+@pytest.mark.parametrize("prefix", [0, 3])
+def test_slots_invert_packed_rows(prefix: int) -> None:
+    masking = Masking.from_order(draws.permutation(0, Stream.MASK_ORDER, torch.arange(3), 8), [5, 8, 0])
+    slots, rows = masking.slots(prefix), masking.packed_rows(prefix)
+    assert torch.equal(slots.flatten()[rows], torch.arange(len(rows)))
+    assert torch.equal(slots[:, prefix:] < 0, masking.masked) and (slots[:, :prefix] >= 0).all()

@@ -6,7 +6,7 @@ import torch
 from mixar import draws
 from mixar.config import GUIDANCES, ModelConfig
 from mixar.draws import Stream
-from mixar.mixing import Masking
+from mixar.mixing import Masking, Mixture, ti_mix
 from mixar.model import MixAR, init_weights
 
 N, C = 16, 6
@@ -88,6 +88,44 @@ def test_dropped_codes_say_nothing(guidance: str) -> None:
     a = z_of(model, tokens, labels, dropped, masking)
     assert not torch.allclose(a, z_of(model, tokens, labels, codes, masking), atol=1e-5)
     assert torch.equal(a, z_of(model, tokens, labels, dropped - 5, masking))  # which code was dropped cannot matter
+
+
+@pytest.mark.parametrize("guidance", ["dc_mix", "dc_sa", "dc_ca"])
+def test_tokens_mixed_in_the_model_are_those_of_ti_mix(guidance: str) -> None:
+    model = build(guidance)
+    tokens, labels, codes, order = inputs()
+    masking = Masking.from_order(order, [12] * 3)
+    rho = draws.uniform(0, Stream.RHO, torch.arange(3), N)
+    mixture = Mixture(codes ^ 31, rho, torch.tensor([0.4]))
+    classes, every = model.class_embedding(labels), torch.arange(3 * N)
+    with torch.no_grad():
+        found = model.condition(tokens, classes, masking, codes, every, mixture=mixture)
+        expected = model.condition(tokens, classes, masking, ti_mix(codes, codes ^ 31, masking.masked, rho, 0.4), every)
+        assert not torch.allclose(found, model.condition(tokens, classes, masking, codes, every), atol=1e-4)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("guidance", ["dc_mix", "dc_sa", "dc_ca"])
+def test_the_codes_parameters_are_read_in_their_own_module_s_forward(guidance: str) -> None:
+    model = build(guidance)
+    tokens, labels, codes, order = inputs()
+    masking = Masking.from_order(order, [12] * 3)
+    expected = z_of(model, tokens, labels, codes, masking)
+    owner = model.code_proj if guidance == "dc_mix" else model.code_emb
+    whole = {name: parameter.data for name, parameter in owner.named_parameters()}
+
+    def gather(*_) -> None:  # what ZeRO-3 and FSDP do before a module's forward, and undo after it
+        for name, parameter in owner.named_parameters():
+            parameter.data = whole[name]
+
+    def scatter(*_) -> None:
+        for parameter in owner.parameters():
+            parameter.data = torch.empty(0)
+
+    scatter()
+    owner.register_forward_pre_hook(gather)
+    owner.register_forward_hook(scatter)
+    assert torch.equal(z_of(model, tokens, labels, codes, masking), expected)
 
 
 def test_class_drop_is_the_null_embedding() -> None:

@@ -1,0 +1,147 @@
+// The kernels as implementations of torch.ops.mixar.*, for the CPU or, with MIXAR_CUDA, for CUDA. The operators' schemas,
+// fakes and gradients are Python's (mixar/ops). Only torch's stable ABI is used, so a library outlives a torch release.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+
+#include "kernels.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Maybe = std::optional<Tensor>;
+
+#ifdef MIXAR_CUDA
+#define MIXAR_DEVICE CUDA
+
+// Runs launch(stream) on the tensor's device and current stream.
+template <typename F> void run(const Tensor& on, F launch) {
+  const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device_index(), &stream));
+  const int error = launch(stream);
+  STD_TORCH_CHECK(error >= 0, "mixar: no CUDA kernel for these dtypes");
+  STD_TORCH_CHECK(error == 0, "mixar: CUDA error ", error, " at a kernel's launch");
+}
+#else
+#define MIXAR_DEVICE CPU
+
+template <typename F> void run(const Tensor&, F launch) {
+  const mixar::Parallel parallel = [](int64_t count, const mixar::Body& body) {
+    torch::stable::parallel_for(0, count, 1, body);
+  };
+  STD_TORCH_CHECK(launch(parallel), "mixar: no CPU kernel for these dtypes");
+}
+#endif
+
+mixar::Type type_of(ScalarType type) {
+  if (type == ScalarType::BFloat16) return mixar::Type::bfloat16;
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "mixar: float32, bfloat16 or float64 needed");
+  return type == ScalarType::Float ? mixar::Type::float32 : mixar::Type::float64;
+}
+
+// The tensors of a batch's Places, contiguous and kept alive.
+struct Held {
+  Tensor slots;
+  Maybe codes, drawn, rho, share;
+
+  Held(const Tensor& slots, const Maybe& codes, const Maybe& drawn, const Maybe& rho, const Maybe& share)
+      : slots(contiguous(slots)), codes(contiguous(codes)), drawn(contiguous(drawn)), rho(contiguous(rho)), share(share) {}
+
+  static Tensor contiguous(const Tensor& x) { return torch::stable::contiguous(x); }
+  static Maybe contiguous(const Maybe& x) { return x ? Maybe(contiguous(*x)) : x; }
+
+  // Raises where a slot is no row of `tokens`, or an id none of a table of `entries`; CUDA asserts it in the kernel.
+  mixar::Places places(int64_t tokens, int64_t entries) const {
+    const int64_t length = slots.size(1);
+    const mixar::Places places{
+        slots.size(0), length, codes ? length - codes->size(1) : 0, data<int64_t>(slots), data<int64_t>(codes),
+        data<int64_t>(drawn), data<float>(rho), data<float>(share)};
+#ifndef MIXAR_CUDA
+    const int64_t slot = largest(slots), id = std::max(largest(codes), largest(drawn));
+    STD_TORCH_CHECK(slot < tokens, "mixar: slot ", slot, " of ", tokens, " encoded tokens");
+    STD_TORCH_CHECK(id < entries, "mixar: id ", id, " in a table of ", entries);
+#endif
+    return places;
+  }
+
+  static int64_t largest(const Maybe& x) {
+    if (!x || x->numel() == 0) return -1;
+    const int64_t* begin = data<int64_t>(*x);
+    return *std::max_element(begin, begin + x->numel());
+  }
+
+  template <typename T> static const T* data(const Tensor& x) { return static_cast<const T*>(x.data_ptr()); }
+  template <typename T> static const T* data(const Maybe& x) { return x ? data<T>(*x) : nullptr; }
+};
+
+Tensor mix_gather(
+    Tensor encoded, Tensor slots, Maybe codes, Maybe drawn, Maybe rho, Maybe share, Tensor weight, Maybe bias,
+    Tensor positions) {
+  const Held held(slots, codes, drawn, rho, share);
+  encoded = Held::contiguous(encoded), weight = Held::contiguous(weight), positions = Held::contiguous(positions);
+  bias = Held::contiguous(bias);
+  const int64_t width = positions.size(1), tokens = encoded.size(0), entries = bias ? INT64_MAX : weight.size(0);
+  Tensor out = torch::stable::new_empty(positions, {slots.size(0), slots.size(1), width});
+  const mixar::MixGather m{
+      held.places(tokens, entries), width, tokens, bias ? weight.size(1) : -1, entries, encoded.data_ptr(),
+      weight.data_ptr(), Held::data<void>(bias), positions.data_ptr(), out.data_ptr()};
+  const mixar::Type gathered = type_of(encoded.scalar_type()), rest = type_of(positions.scalar_type());
+#ifdef MIXAR_CUDA
+  run(out, [&](void* stream) { return mixar_mix_gather_cuda(&m, gathered, rest, stream); });
+#else
+  run(out, [&](const mixar::Parallel& parallel) { return mixar::mix_gather_cpu(m, gathered, rest, parallel); });
+#endif
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> mix_gather_backward(
+    Tensor grad, Tensor slots, Maybe codes, Maybe drawn, Maybe rho, Maybe share, int64_t tokens, ScalarType gathered_type,
+    int64_t bits) {
+  const Held held(slots, codes, drawn, rho, share);
+  grad = Held::contiguous(grad);
+  const int64_t width = grad.size(2), groups = std::min<int64_t>(slots.size(1), 16);
+  const mixar::Type gathered = type_of(gathered_type), rest = type_of(grad.scalar_type());
+  const ScalarType sums = rest == mixar::Type::float64 ? ScalarType::Double : ScalarType::Float;
+  Tensor d_encoded = torch::stable::new_empty(grad, {tokens, width}, gathered_type);
+  Tensor d_positions = torch::stable::new_empty(grad, {slots.size(1), width}, sums);
+  Tensor d_map = torch::stable::new_empty(grad, {groups, bits + 1, width}, sums);
+  const mixar::MixGatherBackward m{
+      held.places(tokens, INT64_MAX), width, tokens, bits, groups, grad.data_ptr(), d_encoded.data_ptr(),
+      d_positions.data_ptr(), d_map.data_ptr()};
+#ifdef MIXAR_CUDA
+  run(grad, [&](void* stream) { return mixar_mix_gather_backward_cuda(&m, gathered, rest, stream); });
+#else
+  run(grad, [&](const mixar::Parallel& parallel) { return mixar::mix_gather_backward_cpu(m, gathered, rest, parallel); });
+#endif
+  const int64_t over_groups[] = {0};
+  return {d_encoded, d_positions, torch::stable::sum(d_map, torch::headeronly::IntHeaderOnlyArrayRef(over_groups, 1))};
+}
+
+Tensor timestep_embed(Tensor t, Tensor frequencies, ScalarType type) {
+  t = Held::contiguous(t), frequencies = Held::contiguous(frequencies);
+  Tensor out = torch::stable::new_empty(t, {t.size(0), 2 * frequencies.size(0)}, type);
+  const mixar::TimestepEmbed m{
+      t.size(0), frequencies.size(0), Held::data<float>(t), Held::data<float>(frequencies), out.data_ptr()};
+#ifdef MIXAR_CUDA
+  run(out, [&](void* stream) { return mixar_timestep_embed_cuda(&m, type_of(type), stream); });
+#else
+  run(out, [&](const mixar::Parallel& parallel) { return mixar::timestep_embed_cpu(m, type_of(type), parallel); });
+#endif
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mixar, MIXAR_DEVICE, m) {
+  m.impl("mix_gather", TORCH_BOX(&mix_gather));
+  m.impl("mix_gather_backward", TORCH_BOX(&mix_gather_backward));
+  m.impl("timestep_embed", TORCH_BOX(&timestep_embed));
+}

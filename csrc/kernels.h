@@ -1,0 +1,21 @@
+// What the CPU and the CUDA files offer to bind.cpp. Each returns false where it has no kernel for the types.
+#pragma once
+
+#include "mix_gather.h"
+#include "timestep_embed.h"
+
+namespace mixar {
+
+bool mix_gather_cpu(const MixGather& m, Type gathered, Type rest, const Parallel& parallel);
+bool mix_gather_backward_cpu(const MixGatherBackward& m, Type gathered, Type rest, const Parallel& parallel);
+bool timestep_embed_cpu(const TimestepEmbed& m, Type type, const Parallel& parallel);
+
+}  // namespace mixar
+
+// On the CUDA stream `stream`: 0, or the error of the launch; -1 without a kernel for the types.
+extern "C" {
+int mixar_mix_gather_cuda(const mixar::MixGather* m, mixar::Type gathered, mixar::Type rest, void* stream);
+int mixar_mix_gather_backward_cuda(
+    const mixar::MixGatherBackward* m, mixar::Type gathered, mixar::Type rest, void* stream);
+int mixar_timestep_embed_cuda(const mixar::TimestepEmbed* m, mixar::Type type, void* stream);
+}

@@ -1,0 +1,58 @@
+// Element types and launching, for the CPU and CUDA files alike. No torch header is included here or in any kernel.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#ifdef __CUDACC__
+#define MIXAR_FN __host__ __device__ inline
+#else
+#define MIXAR_FN inline
+#endif
+
+namespace mixar {
+
+enum class Type { float32, bfloat16, float64 };
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+// The type that sums are held in.
+template <typename T> struct Sum { using type = float; };
+template <> struct Sum<double> { using type = double; };
+template <typename T> using sum_t = typename Sum<T>::type;
+
+MIXAR_FN float load(float x) { return x; }
+MIXAR_FN double load(double x) { return x; }
+MIXAR_FN float load(bfloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+MIXAR_FN void store(float& to, float x) { to = x; }
+MIXAR_FN void store(double& to, double x) { to = x; }
+MIXAR_FN void store(bfloat16& to, float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  // to the nearest, ties to even; a NaN stays one, though the rounding would carry its mantissa away
+  to.bits = uint16_t(x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// Calls f with a value of each type: of what is gathered, and of parameters and output.
+template <typename F> bool dispatch(Type gathered, Type rest, F f) {
+  if (gathered == Type::float32 && rest == Type::float32) return f(float{}, float{}), true;
+  if (gathered == Type::bfloat16 && rest == Type::float32) return f(bfloat16{}, float{}), true;
+  if (gathered == Type::bfloat16 && rest == Type::bfloat16) return f(bfloat16{}, bfloat16{}), true;
+  if (gathered == Type::float64 && rest == Type::float64) return f(double{}, double{}), true;
+  return false;
+}
+
+// Runs body(begin, end) over parts of 0..count, in threads where it can.
+using Body = std::function<void(int64_t begin, int64_t end)>;
+using Parallel = std::function<void(int64_t count, const Body& body)>;
+
+}  // namespace mixar
