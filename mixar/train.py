@@ -26,7 +26,9 @@ from mixar.data.manifest import check_manifest, read_manifest
 from mixar.engine import choose_engine
 from mixar.errors import PassingError, UserError
 from mixar.metrics import log
+from mixar.model.attention import prepare_attention
 from mixar.objectives import MixARObjective, Objective, PriorObjective, TokenizerObjective, VAEObjective
+from mixar.ops import load
 from mixar.plan import make_plan, render
 from mixar.trainer import Stopped, Trainer
 
@@ -39,15 +41,33 @@ def train(cfg: Config) -> Path:
         Stopped: a signal ended it, after a checkpoint.
     """
     images_a_pass(cfg, dist.find().world)  # what cannot be divided is told before anything is written
+    kernels = load_kernels(cfg)
     place = dist.start(cfg.engine.timeout)
     run = RunDirectory(cfg, place)
     try:
         source = open_source(cfg)
         objective = build_objective(cfg, source, place)
         tell_start(cfg, source, place)
+        for line in kernels:
+            log.info("%s", line)
         return Trainer(cfg, objective, source, place, run).run()
     finally:
         run.close()
+
+
+def load_kernels(cfg: Config) -> list[str]:
+    """Take what a run's kernels are found in, and say in words what that is.
+
+    Before the ranks join: the first build of the operators takes up to a minute, in which no rank may wait in a
+    collective. On each node one rank builds, and the others wait for its file.
+
+    Raises:
+        UserError: `model.attention` needs another card or a package.
+    """
+    if cfg.task != "mixar":
+        return []
+    device = dist.find().device
+    return [prepare_attention(cfg.model.attention, device), load(device.type)]
 
 
 def tell_start(cfg: Config, source: Source, place: dist.Place) -> None:

@@ -32,6 +32,7 @@ from mixar import __version__, dist
 from mixar.config import Config, load_config
 from mixar.data.manifest import MANIFEST, check_manifest, read_manifest
 from mixar.errors import UserError
+from mixar.ops.build import DEVICES, status
 
 
 class Finding(NamedTuple):
@@ -51,6 +52,7 @@ def examine(cfg: Config | None) -> Iterator[Finding]:
     yield from devices(cfg)
     yield shared_memory()
     yield from compilers()
+    yield from operators(dist.find().device.type)
     if cfg is not None:
         yield writable("run_dir", cfg.run_dir)
         if cfg.task in ("prior", "mixar"):
@@ -166,6 +168,15 @@ def compilers() -> Iterator[Finding]:
             yield Finding("ok", f"{name} at {path}")
         else:
             yield Finding("note", f"no {name}: operators run in plain PyTorch")
+
+
+def operators(device: str) -> Iterator[Finding]:
+    """Which implementation of the custom operators a run on `device` takes, and what else has been compiled."""
+    compiled, text = status(device)
+    yield Finding("ok" if compiled else "note", f"a run here takes {text}")
+    for other in DEVICES:
+        if other != device and (found := status(other))[0]:
+            yield Finding("ok", found[1])
 
 
 def writable(key: str, folder: str) -> Finding:

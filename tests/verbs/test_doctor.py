@@ -94,6 +94,17 @@ def test_compilers_are_looked_for_on_the_path(tmp_path: Path, monkeypatch: pytes
     assert [finding.status for finding in doctor.compilers()] == ["note", "ok"]
 
 
+def test_the_operators_path_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MIXAR_OPS", "torch")
+    told = "a run here takes cpu operators in plain PyTorch, for MIXAR_OPS=torch"
+    assert list(doctor.operators("cpu")) == [("note", told)]
+    monkeypatch.delenv("MIXAR_OPS")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert [finding.text for finding in doctor.operators("cpu")] == [
+        "a run here takes cpu operators in plain PyTorch: no g++ on the PATH"
+    ]
+
+
 def test_a_folder_is_tried_without_being_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert doctor.writable("run_dir", str(tmp_path / "new" / "run")).status == "ok"
