@@ -84,8 +84,9 @@ class RunDirectory:
     def _take(self) -> IO[str]:
         lock = (self.path / ".lock").open("a")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # a lock of the process: unlike flock's, the loader's workers do not inherit it, and outlive a kill with it
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             raise PassingError(  # a job that was requeued may come before its lost node has let go
                 f"another process is training in {self.path}: wait for it, or write run_dir=<another folder>"
             ) from None
