@@ -1,11 +1,13 @@
 """Every knob once; defaults < yaml < `key=value`, checked."""
 
-from mixar.config.checks import images_a_pass
+from mixar.config.checks import check_sample, images_a_pass
 from mixar.config.knobs import (
     ATTENTIONS,
     ENGINES,
     GUIDANCES,
+    ORDERS,
     PRECISIONS,
+    SOLVERS,
     TASKS,
     Config,
     DataConfig,
@@ -21,12 +23,16 @@ from mixar.config.knobs import (
     VAEConfig,
 )
 from mixar.config.loading import load_config, section_from_dict, to_dict, to_yaml, validate
+from mixar.config.presets import PRESETS
 
 __all__ = [
     "ATTENTIONS",
     "ENGINES",
     "GUIDANCES",
+    "ORDERS",
     "PRECISIONS",
+    "PRESETS",
+    "SOLVERS",
     "TASKS",
     "Config",
     "DataConfig",
@@ -40,6 +46,7 @@ __all__ = [
     "TokenizerConfig",
     "TrainConfig",
     "VAEConfig",
+    "check_sample",
     "images_a_pass",
     "load_config",
     "section_from_dict",

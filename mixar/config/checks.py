@@ -3,7 +3,18 @@
 import math
 from typing import Any
 
-from mixar.config.knobs import ATTENTIONS, ENGINES, GUIDANCES, PRECISIONS, RECOMPUTE, TASKS, Config
+from mixar.config.knobs import (
+    ATTENTIONS,
+    ENGINES,
+    GUIDANCES,
+    ORDERS,
+    PRECISIONS,
+    RECOMPUTE,
+    SOLVERS,
+    TASKS,
+    Config,
+    SampleConfig,
+)
 from mixar.errors import UserError
 
 
@@ -17,6 +28,34 @@ def validate(config: Config) -> None:
     _check_networks(config)
     _check_tokens(config)
     _check_run(config)
+    check_sample(config.sample)
+
+
+def check_sample(sample: SampleConfig) -> None:
+    """Sampling settings that go together.
+
+    Raises:
+        UserError: those that do not.
+    """
+    interval = sample.guidance_interval
+    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+        raise UserError(
+            f"sample.guidance_interval={interval} must be two shares of the steps, from 0 to 1 and "
+            "ascending, as in sample.guidance_interval=[0.25,1]"
+        )
+    steps, end = sample.diffusion_steps, sample.diffusion_steps_end
+    if end is not None and not (steps.isdecimal() and int(steps) >= end):
+        raise UserError(
+            f"sample.diffusion_steps_end={end} is what a count of diffusion steps falls to, not "
+            f"sample.diffusion_steps={steps}: write sample.diffusion_steps={max(50, end)}"
+        )
+    if sample.solver == "dpm" and (steps == "1" or end == 1):
+        raise UserError("sample.solver=dpm needs at least 2 diffusion steps: write sample.diffusion_steps=2 or more")
+    if sample.solver == "dpm" and sample.temperature != 1:
+        raise UserError(
+            f"sample.temperature={sample.temperature} scales noise, of which sample.solver=dpm adds none: write "
+            "sample.temperature=1, or sample.solver=ddpm"
+        )
 
 
 def _check_values(config: Config) -> None:
@@ -165,6 +204,8 @@ _CHOICES = {
     "train.precision": PRECISIONS,
     "engine.name": (None, *ENGINES),
     "engine.recompute": RECOMPUTE,
+    "sample.order": ORDERS,
+    "sample.solver": SOLVERS,
     "sample.guidance_schedule": ("linear", "constant"),
     "sample.prior_guidance_schedule": ("none", "linear", "cosine"),
     "sample.prior_mask_schedule": ("arccos", "cosine"),
@@ -223,6 +264,7 @@ _RANGES = [
     ("train.max_skips", 0, _INF),
     ("engine.timeout", 1, _INF),
     ("sample.steps", 1, _INF),
+    ("sample.diffusion_steps_end", 1, 1000),
     ("sample.diffusion_start", 0, 999),
     ("sample.prior_steps", 1, _INF),
     ("sample.prior_guidance", 0, _INF),

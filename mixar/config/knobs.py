@@ -10,6 +10,8 @@ from omegaconf import II
 TASKS = ("vae", "tokenizer", "prior", "mixar")
 GUIDANCES = ("none", "dc_mix", "dc_sa", "dc_ca")
 PRECISIONS = ("fp32", "bf16")
+SOLVERS = ("ddpm", "dpm")
+ORDERS = ("random", "checkerboard")
 ENGINES = ("ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3")
 ATTENTIONS = ("auto", "math", "efficient", "flash", "cudnn", "fa2", "fa3", "fa4")
 RECOMPUTE = ("none", "backbone", "head", "all")
@@ -118,6 +120,7 @@ class ModelConfig:
     guidance_drop_prob: float = 0.0  # also drop the discrete tokens, so that guidance on them can be tried
     head_depth: int = 6
     head_width: int = 1024
+    separable_adaln: bool = False  # not MAR's: modulate the head by time and by condition apart; 40 % of its work
     diffusion_batch_mul: int = 4  # noise levels a masked token a step
     attention: str = "auto"  # auto: torch chooses | math | efficient | flash | cudnn | fa2 | fa3 | fa4
 
@@ -202,11 +205,15 @@ class SampleConfig:
     """Sampling settings; a paper row's config holds its own."""
 
     steps: int = 64  # K, autoregressive steps
+    order: str = "random"  # of the positions: random | checkerboard, coarse to fine, whose second half takes two steps
+    solver: str = "ddpm"  # ddpm: ancestral, as the reference | dpm: DPM-Solver++(2M), for few diffusion steps
     diffusion_steps: str = "100"  # S, respacing of the 1000 training steps: "100", "ddim50", or "10,5"
+    diffusion_steps_end: int | None = None  # DiSA: the diffusion steps fall linearly to these over the K steps
     diffusion_start: int = 999  # training step that denoising starts from; a short training is unstable near 999
     guidance: float = 3.0  # 1 is none
     guidance_schedule: str = "linear"  # linear | constant
-    temperature: float = 1.0
+    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # share of the K steps that are guided
+    temperature: float = 1.0  # of the noise that ddpm adds
     prior_steps: int = 64
     prior_guidance: float = 7.1  # 0 is none
     prior_guidance_schedule: str = "cosine"  # none | linear | cosine

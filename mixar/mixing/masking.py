@@ -64,8 +64,13 @@ class Masking:
     def from_order(cls, order: Tensor, counts: Sequence[int]) -> "Masking":
         """Mask the first `counts[b]` positions of each image's `order` [B, N]."""
         n = order.shape[1]
-        limits = torch.as_tensor(counts, device=order.device)
+        limits = _on_device(tuple(counts), order.device)
         return cls(order.argsort(-1) < limits[:, None], tuple(n - count for count in counts))
+
+    @property
+    def hidden(self) -> tuple[int, ...]:
+        """N - V of each image."""
+        return tuple(self.masked.shape[1] - v for v in self.visible)
 
     def packed_rows(self, prefix: int) -> Tensor:
         """Where the encoder's tokens lie in [B, prefix + N], flattened: an image's prefix, then its visible positions.
@@ -90,8 +95,7 @@ class Masking:
     @property
     def row_weights(self) -> Tensor:
         """float32 [R], the weight of each masked row in a mean over an image's rows and then over images."""
-        n = self.masked.shape[1]
-        return _weights(tuple(n - v for v in self.visible), self.masked.device)
+        return _weights(self.hidden, self.masked.device)
 
 
 def _flat(index: Tensor) -> Tensor:
@@ -99,8 +103,14 @@ def _flat(index: Tensor) -> Tensor:
     return (index + torch.arange(len(index), device=index.device)[:, None] * index.shape[1]).flatten()
 
 
-# Under stratified ratios these are the same in every step: built once on the host, kept on the device.
-@lru_cache(maxsize=64)
+# Under stratified ratios these are the same in every step, in sampling in every batch: built once on the host, kept on
+# the device.
+@lru_cache(maxsize=512)
+def _on_device(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(counts).to(device)
+
+
+@lru_cache(maxsize=512)
 def _spans(visible: tuple[int, ...], width: int, prefix: int, tail: bool, device: torch.device) -> Tensor:
     """The first prefix + V columns of each row of a [B, width] table, or those after them, flattened."""
     spans = [(b * width, b * width + prefix + v, (b + 1) * width) for b, v in enumerate(visible)]

@@ -18,6 +18,18 @@ from mixar.model.dropout import drop
 Lengths = tuple[int, ...]  # tokens of each image in a packed row, known on the host
 
 
+class Wanted(NamedTuple):
+    """The tokens of packed images whose output is used.
+
+    Attributes:
+        rows: int64 [R], image after image.
+        counts: how many of each image, known on the host.
+    """
+
+    rows: Tensor
+    counts: Lengths
+
+
 class Kernel(NamedTuple):
     """What an attention kernel needs, for `model.attention`.
 
@@ -171,14 +183,18 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, lengths: Lengths, keys: Tensor | None) -> Tensor:
-        """x [T, D], image after image of `lengths`, each attending within itself: [T, D].
+    def forward(self, x: Tensor, lengths: Lengths, keys: Tensor | None, wanted: Wanted | None = None) -> Tensor:
+        """x [T, D], image after image of `lengths`, each attending within itself: [T, D], or [R, D] where not all are
+        `wanted`.
 
         Args:
-            keys: int64 [T], what decides on dropout; None drops nothing.
+            keys: int64 [T] or [R], what decides on dropout; None drops nothing.
         """
         q, k, v = rearrange(self.qkv(x), "t (three heads d) -> three t heads d", three=3, heads=self.heads)
-        x = self.proj(attend(q, k, v, lengths, lengths, self.dropout, self.kernel, keys).flatten(1))
+        asking = lengths
+        if wanted is not None:
+            q, asking = q[wanted.rows], wanted.counts
+        x = self.proj(attend(q, k, v, asking, lengths, self.dropout, self.kernel, keys).flatten(1))
         return x if keys is None else drop(x, keys, 1, self.dropout)
 
 

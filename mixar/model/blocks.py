@@ -1,9 +1,10 @@
 """The pre-norm ViT block of MAR's backbone, with DC-CA's cross-attention where there is a memory."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixar.model.attention import Attention, CrossAttention, Lengths
+from mixar.model.attention import Attention, CrossAttention, Lengths, Wanted
 from mixar.model.dropout import drop
 
 
@@ -18,7 +19,9 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
         """x [T, D] to [T, D]; keys as in `Attention`."""
-        hidden = F.gelu(self.fc1(x))
+        hidden = self.fc1(x)
+        # in place where no gradient needs the input: the widest tensor of the model is then there once
+        hidden = F.gelu(hidden) if hidden.requires_grad else torch.ops.aten.gelu_(hidden)
         if keys is None:
             return self.fc2(hidden)
         return drop(self.fc2(drop(hidden, keys, 2, self.dropout)), keys, 3, self.dropout)
@@ -44,14 +47,23 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, int(width * mlp_ratio), dropout)
 
-    def forward(self, x: Tensor, lengths: Lengths, memory: Tensor | None, keys: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, lengths: Lengths, memory: Tensor | None, keys: Tensor | None, wanted: Wanted | None = None
+    ) -> Tensor:
         """x [T, D], packed images of `lengths`; memory [B, N, D'] under DC-CA: [T, D].
 
         Args:
             keys: int64 [T], this layer's key of each token, which decides what is dropped; None drops nothing.
+            wanted: the tokens to return, [R, D]; beyond their part in the attention nothing is computed for others.
         """
-        x = x + self.attn(self.norm1(x), lengths, keys)
+        normed = self.norm1(x)
+        if wanted is not None:
+            x, lengths_out = x[wanted.rows], wanted.counts
+            keys = None if keys is None else keys[wanted.rows]
+        else:
+            lengths_out = lengths
+        x = x + self.attn(normed, lengths, keys, wanted)
         if self.cross_attn is not None:
             assert memory is not None, "a block with cross-attention needs the memory of discrete tokens"
-            x = x + self.cross_attn(x, lengths, memory, None if keys is None else ~keys)  # keys of its own
+            x = x + self.cross_attn(x, lengths_out, memory, None if keys is None else ~keys)  # keys of its own
         return x + self.mlp(self.norm2(x), keys)

@@ -7,6 +7,7 @@ x0 at t = 999 multiplies ε by 2e4.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,7 +94,7 @@ class Diffusion:
             "posterior_variance": variance,
             # entry 0 is zero: its logarithm is taken from entry 1
             "posterior_log_variance_clipped": np.log(
-                np.append(variance[1:2] if len(variance) > 1 else variance, variance[1:])
+                np.append(variance[1:2] if len(variance) > 1 else betas, variance[1:])
             ),
             "posterior_mean_coef1": betas * np.sqrt(previous) / (1 - alphas_bar),
             "posterior_mean_coef2": (1 - previous) * np.sqrt(1 - betas) / (1 - alphas_bar),
@@ -110,8 +111,10 @@ class Diffusion:
     def __len__(self) -> int:
         return len(self.timesteps)
 
-    def coefficients(self, t: Tensor) -> dict[str, Tensor]:
-        """Every table at steps t [R] of this process, float32 [R, 1] each."""
+    def coefficients(self, t: Tensor | int) -> dict[str, Any]:
+        """Every table at steps t [R] of this process, float32 [R, 1] each; at one step numbers, no copy to wait for."""
+        if isinstance(t, int):
+            return {name: float(self.tables[name][t]) for name in _USED}
         if self._stacked.device != t.device:
             self._stacked = self._stacked.to(t.device)
         return dict(zip(_USED, self._stacked[t].unsqueeze(-2).unbind(-1)))
@@ -148,29 +151,60 @@ class Diffusion:
         vb = torch.where(t == 0, nll.mean(-1), kl.mean(-1)) / math.log(2)
         return mse, vb
 
-    def _posterior(self, c: dict[str, Tensor], x: Tensor, eps: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x0 = c["sqrt_recip_alphas_cumprod"] * x - c["sqrt_recipm1_alphas_cumprod"] * eps
+    def _posterior(self, c: dict[str, Any], x: Tensor, eps: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x0 = _clean(c, x, eps)
         fraction = (v + 1) / 2
         log_var = fraction * c["log_betas"] + (1 - fraction) * c["posterior_log_variance_clipped"]
         return x0, c["posterior_mean_coef1"] * x0 + c["posterior_mean_coef2"] * x, log_var
 
     def ancestral_step(
-        self, step: int | Tensor, x: Tensor, eps: Tensor, v: Tensor, noise: Tensor, temperature: float
+        self, step: int | Tensor, x: Tensor, eps: Tensor, v: Tensor, noise: Tensor | None, temperature: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """x_{k-1} from x_k; the temperature scales the step's noise.
 
         Args:
             step: k of this process, one for all rows or int64 [R].
-            x, eps, v, noise: [R, C].
+            x, eps, v, noise: [R, C]; step 0 adds no noise, so that it may be None there.
 
         Returns:
             the sample [R, C], and mean, log_variance and pred_xstart behind it.
         """
-        k = torch.as_tensor(step, device=x.device).reshape(-1)
-        x0, mean, log_var = self._posterior(self.coefficients(k), x, eps, v)
-        noisy = (k > 0).float()[:, None] * temperature * noise
-        sample = mean + torch.exp(0.5 * log_var) * noisy
-        return sample, {"mean": mean, "log_variance": log_var, "pred_xstart": x0}
+        x0, mean, log_var = self._posterior(self.coefficients(step), x, eps, v)
+        parts = {"mean": mean, "log_variance": log_var, "pred_xstart": x0}
+        if noise is None:
+            assert step == 0, "only the last step adds no noise"
+            return mean, parts
+        noisy = (step > 0).float()[:, None] if isinstance(step, Tensor) else float(step > 0)
+        return mean + torch.exp(0.5 * log_var) * (noisy * temperature * noise), parts
+
+    def ode_step(self, step: int, x: Tensor, eps: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x_{k-1} from x_k by DPM-Solver++(2M) (Lu et al. 2022), which draws nothing; step 0 gives the clean tokens.
+
+        Args:
+            step: k of this process.
+            x, eps: [R, C].
+            before: [R, C], the clean tokens that step k+1 predicted; None at the first step, which is of first order.
+
+        Returns:
+            [R, C], and the clean tokens that this step predicts.
+        """
+        x0 = _clean(self.coefficients(step), x, eps)
+        if step == 0:
+            return x0, x0
+        alpha, sigma = self.tables["sqrt_alphas_cumprod"], self.tables["sqrt_one_minus_alphas_cumprod"]
+        log_snr = np.log(alpha / sigma)  # half of it, λ
+        h = log_snr[step - 1] - log_snr[step]
+        towards = x0
+        if before is not None:
+            ratio = float(h / (log_snr[step] - log_snr[step + 1]))
+            towards = x0 + 0.5 * ratio * (x0 - before)
+        keep, move = float(sigma[step - 1] / sigma[step]), float(-alpha[step - 1] * np.expm1(-h))
+        return keep * x + move * towards, x0
+
+
+def _clean(c: dict[str, Any], x: Tensor, eps: Tensor) -> Tensor:
+    """x0 of x_k and its ε."""
+    return c["sqrt_recip_alphas_cumprod"] * x - c["sqrt_recipm1_alphas_cumprod"] * eps
 
 
 _USED: Sequence[str] = (

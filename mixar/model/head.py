@@ -1,16 +1,20 @@
 """The diffusion head: an MLP with adaptive layer norms that denoises one token under one condition (MAR)."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixar.model.diffusion import STEPS
 from mixar.ops import timestep_embed
 
 EPS = 1e-6  # of the head's layer norms
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale) + shift
+    """x (1 + scale) + shift; written so that no 1 + scale is kept for the backward."""
+    return x * scale + x + shift
 
 
 class TimestepEmbedder(nn.Module):
@@ -30,30 +34,66 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(timestep_embed(t, self.features, dtype=dtype))
 
 
+class Embedded(NamedTuple):
+    """What modulates R = mul · R' rows, after its SiLU.
+
+    Attributes:
+        rows: [R, w], time and condition added; under a separable modulation [R', w], the condition of each token.
+        times: [T, w], under a separable modulation the timesteps.
+        places: int64 [R], which of `times` a row has.
+    """
+
+    rows: Tensor
+    times: Tensor | None = None
+    places: Tensor | None = None
+
+
+class Modulation(nn.ModuleDict):
+    """`parts` vectors a row, of time and condition. The public weights call its linear map `1`.
+
+    Joint, it maps SiLU(time + condition) of each row. Separable, it adds a map of SiLU(time), one a timestep, and one
+    of SiLU(condition), one a token, so that neither is computed again for each row.
+    """
+
+    def __init__(self, width: int, parts: int, separable: bool) -> None:
+        super().__init__({"1": nn.Linear(width, parts * width)})
+        if separable:
+            self["time"] = nn.Linear(width, parts * width, bias=False)
+        self.parts = parts
+
+    def forward(self, y: Embedded) -> tuple[Tensor, ...]:
+        values = self["1"](y.rows)
+        if y.times is not None:
+            assert y.places is not None
+            by_time = gather(self["time"](y.times), y.places)
+            values = (by_time.unflatten(0, (-1, len(values))) + values).flatten(0, 1)
+        return values.chunk(self.parts, -1)
+
+
 class ResBlock(nn.Module):
     """x += gate * mlp(modulate(norm(x)))."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, separable: bool) -> None:
         super().__init__()
         self.in_ln = nn.LayerNorm(width, eps=EPS)
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
+        self.adaLN_modulation = Modulation(width, 3, separable)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        shift, scale, gate = self.adaLN_modulation(y).chunk(3, -1)
-        return x + gate * self.mlp(modulate(self.in_ln(x), shift, scale))
+    def forward(self, x: Tensor, y: Embedded) -> Tensor:
+        shift, scale, gate = self.adaLN_modulation(y)
+        return torch.addcmul(x, gate, self.mlp(modulate(self.in_ln(x), shift, scale)))
 
 
 class FinalLayer(nn.Module):
     """Modulated norm without parameters of its own, then a linear map."""
 
-    def __init__(self, width: int, out: int) -> None:
+    def __init__(self, width: int, out: int, separable: bool) -> None:
         super().__init__()
         self.linear = nn.Linear(width, out)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.adaLN_modulation = Modulation(width, 2, separable)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(y).chunk(2, -1)
+    def forward(self, x: Tensor, y: Embedded) -> Tensor:
+        shift, scale = self.adaLN_modulation(y)
         x = modulate(F.layer_norm(x, x.shape[-1:], eps=EPS), shift, scale)
         # in float32 under autocast too: near t = 999 sampling multiplies ε's rounding by 2e4
         with torch.autocast(x.device.type, enabled=False):
@@ -68,18 +108,31 @@ class Head(nn.Module):
         condition: D, the width of the backbone's output.
         depth: residual blocks.
         width: their width w.
+        separable: modulate by time and by condition each for itself.
     """
 
-    def __init__(self, token_dim: int, condition: int, depth: int, width: int) -> None:
+    def __init__(self, token_dim: int, condition: int, depth: int, width: int, separable: bool = False) -> None:
         super().__init__()
+        self.separable = separable
         self.time_embed = TimestepEmbedder(width)
         self.cond_embed = nn.Linear(condition, width)
         self.input_proj = nn.Linear(token_dim, width)
-        self.res_blocks = nn.ModuleList(ResBlock(width) for _ in range(depth))
-        self.final_layer = FinalLayer(width, 2 * token_dim)
+        self.res_blocks = nn.ModuleList(ResBlock(width, separable) for _ in range(depth))
+        self.final_layer = FinalLayer(width, 2 * token_dim, separable)
 
-    def denoise(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The network after its embeddings: x [R, C], y = time + condition [R, w] to ε and v, float32 [R, C] each."""
+    def embed(self, times: Tensor, conditions: Tensor, places: Tensor) -> Embedded:
+        """What modulates R rows, of embedded times [T, w] and conditions [R / mul, w].
+
+        Args:
+            places: int64 [R], which of the times each row has.
+        """
+        if self.separable:
+            return Embedded(F.silu(conditions), F.silu(times), places)
+        by_time = gather(times, places)
+        return Embedded(F.silu((by_time.unflatten(0, (-1, len(conditions))) + conditions).flatten(0, 1)))
+
+    def denoise(self, x: Tensor, y: Embedded) -> tuple[Tensor, Tensor]:
+        """The network after its embeddings: x [R, C] to ε and v, float32 [R, C] each."""
         x = self.input_proj(x)
         for block in self.res_blocks:
             x = block(x, y)
@@ -87,5 +140,20 @@ class Head(nn.Module):
         return eps, v
 
     def forward(self, x: Tensor, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """x [R, C], t [R] in 0..999, z [R, D] to ε and the variance fraction v, float32 [R, C] each."""
-        return self.denoise(x, self.time_embed(t) + self.cond_embed(z))
+        """ε and the variance fraction v, float32 [R, C] each.
+
+        Args:
+            x: [R, C], mul times the R / mul tokens one after the other.
+            t: int64 [R] in 0..999.
+            z: [R / mul, D], their conditions.
+        """
+        if len(t) > STEPS:  # each timestep is embedded once, not each row's
+            times, places = torch.arange(STEPS, device=t.device), t
+        else:
+            times, places = t, torch.arange(len(t), device=t.device)
+        return self.denoise(x, self.embed(self.time_embed(times), self.cond_embed(z), places))
+
+
+def gather(table: Tensor, places: Tensor) -> Tensor:
+    """Rows of a table; in float32, since many rows add up their gradients in one of the table."""
+    return F.embedding(places, table.float()).to(table.dtype)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mixar.config import ModelConfig
 from mixar.mixing import Masking, Mixture, ti_mix
+from mixar.model.attention import Wanted
 from mixar.model.blocks import Block
 from mixar.model.diffusion import Diffusion
 from mixar.model.dropout import token_keys
@@ -47,7 +48,7 @@ class DiffusionHead(nn.Module):
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
-        self.net = Head(cfg.token_dim, cfg.decoder_width, cfg.head_depth, cfg.head_width)
+        self.net = Head(cfg.token_dim, cfg.decoder_width, cfg.head_depth, cfg.head_width, cfg.separable_adaln)
 
 
 class CodeProjection(nn.Module):
@@ -189,12 +190,13 @@ class MixAR(nn.Module):
         return self.encoder_norm(x)
 
     def decode(
-        self, encoded: Tensor, masking: Masking, codes: Tensor | None, keys: Tensor | None = None,
+        self, encoded: Tensor, masking: Masking, codes: Tensor | None, wanted: Wanted, keys: Tensor | None = None,
         mixture: Mixture | None = None,
     ) -> Tensor:  # fmt: skip
-        """The decoder over all positions, up to its final norm's input: [B, N, D]. Arguments as in `encode`.
+        """The decoder over all positions, up to its final norm's input: [R, D]. Arguments as in `encode`.
 
         Args:
+            wanted: the rows of the flattened [B*N] positions to return; the last block computes no other.
             mixture: TI-Mix's part under DC-Mix, where `codes` are the true tokens.
         """
         b, n = masking.masked.shape
@@ -211,21 +213,22 @@ class MixAR(nn.Module):
         lengths = (self.prefix + n,) * b
         memory = self._memory(codes)
         x = x.flatten(0, 1)
+        last = wanted._replace(rows=wanted.rows + self.prefix * (wanted.rows // n + 1))
         for layer, block in enumerate(self.decoder_blocks, len(self.encoder_blocks)):
-            x = block(x, lengths, memory, None if keys is None else token_keys(keys, lengths[0], layer).flatten())
-        return x.view(b, self.prefix + n, -1)[:, self.prefix :]
+            token = None if keys is None else token_keys(keys, lengths[0], layer).flatten()
+            x = block(x, lengths, memory, token, last if block is self.decoder_blocks[-1] else None)
+        return x
 
     def condition(
-        self, tokens: Tensor, classes: Tensor, masking: Masking, codes: Tensor | None, rows: Tensor,
+        self, tokens: Tensor, classes: Tensor, masking: Masking, codes: Tensor | None, wanted: Wanted,
         keys: Tensor | None = None, mixture: Mixture | None = None,
     ) -> Tensor:  # fmt: skip
-        """z [R, D], the head's condition at `rows` of the flattened [B*N] positions. Arguments as in `forward`."""
+        """z [R, D], the head's condition at the `wanted` of the [B*N] positions. Arguments as in `forward`."""
         if mixture is not None and self.config.guidance != "dc_mix":  # a prefix or a memory is read more than once
             assert codes is not None
             codes = ti_mix(codes, mixture.drawn, masking.masked, mixture.rho, mixture.share)
-        x = self.decode(self.encode(tokens, classes, masking, codes, keys), masking, codes, keys, mixture)
-        z = self.decoder_norm(x.flatten(0, 1)[rows])
-        return z + self.diffusion_pos_embed_learned[0, rows % self.config.tokens]
+        x = self.decode(self.encode(tokens, classes, masking, codes, keys), masking, codes, wanted, keys, mixture)
+        return self.decoder_norm(x) + self.diffusion_pos_embed_learned[0, wanted.rows % self.config.tokens]
 
     def forward(
         self,
@@ -256,12 +259,12 @@ class MixAR(nn.Module):
         else:
             assert keys is not None, "training with dropout needs a key an image"
         rows = masking.masked_rows
-        z = self.condition(tokens, self.class_embedding(labels, drop), masking, codes, rows, keys, mixture)
+        wanted = Wanted(rows, masking.hidden)
+        z = self.condition(tokens, self.class_embedding(labels, drop), masking, codes, wanted, keys, mixture)
         target = tokens.flatten(0, 1)[rows]
         mul = len(t)
-        z, target = z.repeat(mul, 1), target.repeat(mul, 1)
         net = lambda x, t: self.diffloss.net(x, t, z)
-        mse, vb = self.diffusion.losses(net, target, t.flatten(), noise.flatten(0, 1))
+        mse, vb = self.diffusion.losses(net, target.repeat(mul, 1), t.flatten(), noise.flatten(0, 1))
         mse, vb = mse.view(mul, -1), vb.view(mul, -1)
         loss = ((mse + vb).mean(0) * masking.row_weights).sum()
         return Losses(loss, mse.detach(), vb.detach())

@@ -3,44 +3,102 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mixar import draws
+from mixar.config import SampleConfig
 from mixar.draws import Stream
 from mixar.mixing import Masking
 from mixar.model import Diffusion, MixAR
+from mixar.model.attention import Wanted
 from mixar.model.head import Head
 
 
 @dataclass(frozen=True)
 class Reveal:
-    """One autoregressive step: `before` positions are masked at its start, `after` at its end, `guidance` its scale."""
+    """One autoregressive step.
+
+    Attributes:
+        before, after: positions that are masked at its start and at its end.
+        guidance: the scale; 1 runs no unconditional branch.
+        diffusion_steps: the respacing of its diffusion.
+    """
 
     before: int
     after: int
     guidance: float
+    diffusion_steps: str
 
 
-def reveal_schedule(tokens: int, steps: int, guidance: float, schedule: str) -> list[Reveal]:
-    """MAR's cosine schedule. With more steps than positions, some steps reveal nothing.
+def reveal_schedule(tokens: int, settings: SampleConfig) -> list[Reveal]:
+    """What each of the K steps reveals: MAR's cosine schedule. With more steps than positions, some reveal nothing.
+
+    In checkerboard order the first half is revealed by that schedule, the second in the last two steps (in one where
+    there are fewer than four). DiSA (Zhao et al. 2025) lets the diffusion steps fall linearly.
 
     Args:
         tokens: N.
-        steps: K.
-        guidance: the scale reached when everything is revealed (`linear`), or used throughout (`constant`).
     """
-    plan, masked = [], tokens
-    for step in range(steps):
-        left = max(1, min(masked - 1, math.floor(tokens * math.cos(math.pi / 2 * (step + 1) / steps))))
-        scale = 1 + (guidance - 1) * (tokens - left) / tokens if schedule == "linear" else guidance
-        after = 0 if step == steps - 1 else left
-        plan.append(Reveal(masked, after, scale))
-        masked = after
+    steps, late, tail = settings.steps, 0, 0
+    if settings.order == "checkerboard":
+        tail = min(2, steps // 2)
+        late = tokens // 2 if tail else 0  # positions for the last steps
+    masked = [tokens, *(late + left for left in _cosine(tokens - late, steps - tail))]
+    masked += [late * (tail - 1 - i) // tail for i in range(tail)]
+    plan, (first, last) = [], settings.guidance_interval
+    for step, (before, after) in enumerate(pairwise(masked)):
+        scale = settings.guidance
+        if settings.guidance_schedule == "linear":
+            scale = 1 + (scale - 1) * (tokens - max(1, after)) / tokens
+        if not first <= step / steps < last:
+            scale = 1.0
+        diffusion_steps = settings.diffusion_steps
+        if settings.diffusion_steps_end is not None:
+            fewest, left = settings.diffusion_steps_end, steps - 1 - step
+            fall = left * (int(diffusion_steps) - fewest) // max(1, steps - 1)
+            diffusion_steps = str(fewest + fall)
+        plan.append(Reveal(before, after, scale, diffusion_steps))
     return plan
+
+
+def _cosine(tokens: int, steps: int) -> list[int]:
+    """Positions masked after each of the steps."""
+    counts = [tokens]
+    for step in range(steps):
+        wanted = math.floor(tokens * math.cos(math.pi / 2 * (step + 1) / steps))
+        counts.append(max(1, min(counts[-1] - 1, wanted)))
+    return [*counts[1:-1], 0]
+
+
+def sampling_order(kind: str, seeds: Tensor, tokens: int) -> Tensor:
+    """int64 [B, N], the order of each image by its own seed; positions late in it are generated first.
+
+    Args:
+        kind: `random`; or `checkerboard`, which fills one checkerboard after the other, each finer than the last, and
+            each at random.
+        seeds: int64 [B].
+        tokens: N, of a square grid.
+    """
+    if kind == "random":
+        return draws.permutation(0, Stream.SAMPLE_ORDER, seeds, tokens)
+    side = math.isqrt(tokens)
+    levels = torch.tensor([_level(i, j) for i in range(side) for j in range(side)], dtype=torch.int64)
+    chance = draws.bits(0, Stream.SAMPLE_ORDER, seeds, tokens) >> 8  # leaves the high bits to the level
+    return (chance + (levels.to(seeds.device) << 56)).argsort(-1)
+
+
+def _level(row: int, column: int) -> int:
+    """How many times the checkerboard can be made coarser with this place still on it."""
+    if row == column == 0:
+        return 32
+    if (row ^ column) & 1:
+        return 0
+    return 1 if row & 1 else 2 + _level(row >> 1, column >> 1)
 
 
 class Noise(Protocol):
@@ -74,37 +132,76 @@ class KeyedNoise:
         return draws.normal(0, Stream.SAMPLE_STEP, self._keys[rows], self.channels, start=start)
 
 
+def predict(head: Head, x: Tensor, time: Tensor, conditions: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """ε and the variance fraction of rows that share a timestep, [R, C] each.
+
+    Args:
+        x: [R, C].
+        time: [1, w], the embedded timestep.
+        conditions: [R, w] embedded; under guidance [2R, w], with class, then without.
+        scale: []; ε is guided as ε_null + scale · (ε - ε_null), the variance never is. None without guidance.
+    """
+    y = head.embed(time, conditions, torch.zeros(len(conditions), dtype=torch.int64, device=x.device))
+    if scale is None:
+        return head.denoise(x, y)
+    both, fractions = head.denoise(x.repeat(2, 1), y)
+    eps, null = both.chunk(2)
+    return null + scale * (eps - null), fractions[: len(x)]
+
+
+Predict = Callable[[Head, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+
+def compiled_predict(device: torch.device) -> Predict:
+    """`predict` by torch.compile: on a GPU a CUDA graph for each number of rows, on a CPU one with packed weights.
+
+    The weights become part of it, so they must not change any more.
+    """
+    if device.type == "cuda":
+        torch._dynamo.config.recompile_limit = 128  # at most one a step of the reveal schedule
+        return torch.compile(predict, fullgraph=True, dynamic=False, mode="reduce-overhead")
+    return torch.compile(predict, fullgraph=True, dynamic=True, options={"freezing": True})
+
+
 def denoise(
     head: Head,
     diffusion: Diffusion,
     z: Tensor,
-    z_null: Tensor | None,
     scale: float,
-    temperature: float,
     initial: Tensor,
     noise_at: Callable[[int], Tensor],
+    settings: SampleConfig,
+    run: Predict = predict,
 ) -> Iterator[Tensor]:
-    """The respaced ancestral loop of one autoregressive step, yielding the tokens [R, C] after each diffusion step.
+    """The respaced loop of one autoregressive step, yielding the tokens [R, C] after each diffusion step.
 
     Args:
-        z: conditions [R, D]; `z_null` [R, D] those without class, None without guidance.
-        scale: ε is guided as ε_null + scale · (ε - ε_null); the variance is never guided.
+        z: conditions [R, D]; [2R, D], with class, then without, where the guidance `scale` is not 1.
         initial: [R, C].
-        noise_at: the number of steps done to the next step's noise [R, C].
+        noise_at: the number of steps done to the next step's noise [R, C]; not asked where a step needs none.
+        settings: the solver and the temperature.
+        run: `predict`, or what it was compiled to.
     """
     # all rows share t, and the condition does not change: both are embedded once, not in every step
     times = head.time_embed(diffusion.timesteps.to(z.device))
-    conditions = head.cond_embed(z if z_null is None else torch.cat([z, z_null]))
-    x = initial
+    conditions = head.cond_embed(z)
+    weight = None if scale == 1 else torch.full((), scale, device=z.device)
+    x, clean = initial, None
     for done, step in enumerate(reversed(range(len(diffusion)))):
-        if z_null is None:
-            eps, v = head.denoise(x, times[step] + conditions)
+        eps, v = run(head, x, times[step : step + 1], conditions, weight)
+        if settings.solver == "dpm":
+            x, clean = diffusion.ode_step(step, x, eps, clean)
         else:
-            both, fractions = head.denoise(x.repeat(2, 1), times[step] + conditions)
-            guided, null = both.chunk(2)
-            eps, v = null + scale * (guided - null), fractions[: len(x)]
-        x, _ = diffusion.ancestral_step(step, x, eps, v, noise_at(done), temperature)
+            noise = noise_at(done) if step > 0 else None
+            x, _ = diffusion.ancestral_step(step, x, eps, v, noise, settings.temperature)
         yield x
+
+
+@lru_cache(maxsize=64)
+def _process(spec: str, start: int, device: torch.device) -> Diffusion:
+    process = Diffusion(spec, start)
+    process.timesteps = process.timesteps.to(device)
+    return process
 
 
 @dataclass
@@ -124,13 +221,8 @@ def sample_steps(
     codes: Tensor | None,
     order: Tensor,
     noise: Noise,
-    *,
-    steps: int,
-    diffusion_steps: str,
-    diffusion_start: int,
-    guidance: float,
-    guidance_schedule: str,
-    temperature: float,
+    settings: SampleConfig,
+    run: Predict = predict,
 ) -> Iterator[Step]:
     """The loop, one `Step` at a time; steps that reveal nothing are not run.
 
@@ -138,43 +230,42 @@ def sample_steps(
         labels: int64 [B]; None samples without class.
         codes: the discrete tokens x̂_d, int64 [B, N]; None under `guidance: none`.
         order: int64 [B, N]; positions late in it are generated first.
+        run: as in `denoise`.
     """
     b, n = order.shape
     tokens = torch.zeros(b, n, model.config.token_dim, device=order.device)
-    diffusion = Diffusion(diffusion_steps, diffusion_start)
-    guided = guidance != 1.0
-    classes = model.class_embedding(labels, batch=b)
-    if guided:
-        classes = torch.cat([classes, model.class_embedding(None, batch=b)])
-        codes = None if codes is None else codes.repeat(2, 1)
-    for index, plan in enumerate(reveal_schedule(n, steps, guidance, guidance_schedule)):
+    classes = model.class_embedding(labels, batch=b), model.class_embedding(None, batch=b)
+    first_rows = torch.arange(b, device=order.device)[:, None] * n
+    for index, plan in enumerate(reveal_schedule(n, settings)):
         if plan.after == plan.before:
             continue
-        places = order[:, plan.after : plan.before].sort(-1).values
-        rows = (places + torch.arange(b, device=order.device)[:, None] * n).flatten()
-        copies = 2 if guided else 1
-        masking = Masking.from_order(order.repeat(copies, 1), [plan.before] * (copies * b))
+        copies = 1 if plan.guidance == 1 else 2  # under guidance the images once more, without class
+        rows = (order[:, plan.after : plan.before].sort(-1).values + first_rows).flatten()
+        masking = Masking.from_order(order.repeat(copies, 1), (plan.before,) * (copies * b))
         at = torch.cat([rows + copy * b * n for copy in range(copies)])
-        z = model.condition(tokens.repeat(copies, 1, 1), classes, masking, codes, at)
-        null = z[len(rows) :] if guided else None
+        wanted = Wanted(at, (plan.before - plan.after,) * (copies * b))
+        guiding = None if codes is None else codes.repeat(copies, 1)
+        z = model.condition(tokens.repeat(copies, 1, 1), torch.cat(classes[:copies]), masking, guiding, wanted)
         initial, during = noise.initial(index, rows), partial(noise.during, index, rows=rows)
-        net = model.diffloss.net
-        *_, x = denoise(net, diffusion, z[: len(rows)], null, plan.guidance, temperature, initial, during)
+        diffusion = _process(plan.diffusion_steps, settings.diffusion_start, order.device)
+        *_, x = denoise(model.diffloss.net, diffusion, z, plan.guidance, initial, during, settings, run)
         tokens = tokens.flatten(0, 1).index_copy(0, rows, x).view_as(tokens)
         yield Step(plan, rows, z, tokens)
 
 
-def sample_tokens(model: MixAR, labels: Tensor | None, codes: Tensor | None, seeds: Tensor, **settings) -> Tensor:
+def sample_tokens(
+    model: MixAR, labels: Tensor | None, codes: Tensor | None, seeds: Tensor, settings: SampleConfig,
+    run: Predict = predict,
+) -> Tensor:  # fmt: skip
     """Continuous tokens [B, N, C], still normalised, image i drawn from `seeds[i]` alone.
 
     Args:
-        labels, codes: as in `sample_steps`.
+        labels, codes, run: as in `sample_steps`.
         seeds: int64 [B].
-        settings: the keyword arguments of `sample_steps`.
     """
     n = model.config.tokens
-    order = draws.permutation(0, Stream.SAMPLE_ORDER, seeds, n)
+    order = sampling_order(settings.order, seeds, n)
     noise = KeyedNoise(seeds, n, model.config.token_dim)
-    for step in sample_steps(model, labels, codes, order, noise, **settings):
+    for step in sample_steps(model, labels, codes, order, noise, settings, run):
         tokens = step.tokens
     return tokens

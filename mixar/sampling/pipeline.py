@@ -13,12 +13,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mixar.codecs import VAE, LatentNorm, Tokenizer, load_tokenizer, load_vae, to_uint8
-from mixar.config import ModelConfig, PriorConfig, SampleConfig, TokenizerConfig, VAEConfig, section_from_dict, to_dict
+from mixar.config import (
+    ModelConfig,
+    PriorConfig,
+    SampleConfig,
+    TokenizerConfig,
+    VAEConfig,
+    check_sample,
+    section_from_dict,
+    to_dict,
+)
 from mixar.dist import fast_precision
 from mixar.errors import UserError
 from mixar.model import MixAR, unpatchify
 from mixar.prior import Prior, keyed_draws, load_prior, sample_codes
-from mixar.sampling.autoregressive import sample_tokens
+from mixar.sampling.autoregressive import compiled_predict, predict, sample_tokens
 from mixar.weights import is_export, load_strict, read_export, write_export
 
 
@@ -33,11 +42,14 @@ class MixARPipeline:
         device: by default an accelerator where there is one.
         precision: `bf16` or `fp32`, of the model and the prior; by default the faster one of the device. The codecs
             decode in float32.
+        compile: the head's step by torch.compile, for many images: the first ones wait for it. On a GPU it becomes a
+            CUDA graph, one for each number of rows.
     """
 
     def __init__(
         self, model: MixAR, vae: VAE, norm: LatentNorm, prior: Prior | None, tokenizer: Tokenizer | None,
         settings: SampleConfig, device: torch.device | str | None = None, precision: str | None = None,
+        compile: bool = False,
     ) -> None:  # fmt: skip
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.precision = precision or fast_precision(self.device)
@@ -47,11 +59,13 @@ class MixARPipeline:
         self.vae = vae.to(self.device)
         self.prior = None if prior is None else prior.to(self.device)
         self.tokenizer = None if tokenizer is None else tokenizer.to(self.device)
+        self._predict = compiled_predict(self.device) if compile else predict
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, device: torch.device | str | None = None, precision: str | None = None
-    ) -> "MixARPipeline":
+        cls, path: str | Path, device: torch.device | str | None = None, precision: str | None = None,
+        compile: bool = False,
+    ) -> "MixARPipeline":  # fmt: skip
         """The pipeline that `mixar export` wrote, or the newest export of a run directory.
 
         Raises:
@@ -80,6 +94,7 @@ class MixARPipeline:
             section_from_dict(SampleConfig, about["sample"], str(folder / "config.json")),
             device,
             precision,
+            compile,
         )
 
     @property
@@ -118,9 +133,14 @@ class MixARPipeline:
         return folder
 
     def with_settings(self, **changes: Any) -> "MixARPipeline":
-        """The same networks under other settings of `SampleConfig`, such as guidance=2.0."""
+        """The same networks under other settings of `SampleConfig`, such as guidance=2.0, or **PRESETS["fast"].
+
+        Raises:
+            UserError: settings that do not go together.
+        """
         other = copy.copy(self)
         other.settings = replace(self.settings, **changes)
+        check_sample(other.settings)
         return other
 
     def __call__(
@@ -194,13 +214,8 @@ class MixARPipeline:
             return sample_codes(prior, labels, self.settings, u, gumbel)
 
     def _draw_tokens(self, labels: Tensor, seeds: Tensor, codes: Tensor | None) -> Tensor:
-        s = self.settings
         with self._autocast():
-            return sample_tokens(
-                self.model, labels, codes, seeds, steps=s.steps, diffusion_steps=s.diffusion_steps,
-                diffusion_start=s.diffusion_start, guidance=s.guidance, guidance_schedule=s.guidance_schedule,
-                temperature=s.temperature,
-            )  # fmt: skip
+            return sample_tokens(self.model, labels, codes, seeds, self.settings, self._predict)
 
     @torch.no_grad()
     def _decode(self, tokens: Tensor) -> Tensor:

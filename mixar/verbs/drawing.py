@@ -3,6 +3,9 @@
 import argparse
 import json
 import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, cycle, islice
 from pathlib import Path
@@ -12,7 +15,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from mixar.config import PRECISIONS, load_config, to_dict
+from mixar.config import ORDERS, PRECISIONS, PRESETS, load_config, to_dict
 from mixar.errors import UserError
 from mixar.evaluation.files import replacing
 from mixar.evaluation.images import write_npz
@@ -22,12 +25,22 @@ from mixar.weights import fingerprint, is_export
 
 RECORD = "sampling.json"
 NPZ = "samples.npz"
-_FLAGS: dict[str, tuple[type, str]] = {
+
+
+def _interval(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+_FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "seed": (int, "of the first image: image i has seed + i, and depends on that alone"),
     "steps": (int, "autoregressive steps"),
+    "order": (str, f"of the positions: {' or '.join(ORDERS)}"),
+    "solver": (str, "of the denoising: ddpm, or dpm, which takes fewer steps"),
     "diffusion_steps": (str, "denoising steps of a token: 100, ddim50, or 10,5"),
+    "diffusion_steps_end": (int, "DiSA: what the denoising steps fall to over the autoregressive steps"),
     "diffusion_start": (int, "training step that denoising starts from, 999 or below"),
     "guidance": (float, "classifier-free guidance; 1 is none"),
+    "guidance_interval": (_interval, "share of the autoregressive steps that are guided, such as 0.25,1"),
     "temperature": (float, "of the denoising noise"),
     "prior_steps": (int, "steps of the discrete prior"),
     "prior_guidance": (float, "guidance of the discrete prior; 0 is none"),
@@ -41,12 +54,15 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, count: str) -> None:
     parser.add_argument("--count", type=int, help=f"images (default: {count})")
     for name, (kind, about) in _FLAGS.items():
         parser.add_argument(_flag(name), type=kind, help=f"{about} (default: the export's)")
+    parser.add_argument("--preset", choices=PRESETS, help="settings to start from, which the flags above change")
     parser.add_argument("--precision", choices=PRECISIONS, help="default: the faster one of the device")
+    parser.add_argument("--compile", action="store_true", help="for many images: faster, after a while of compiling")
 
 
 def sampling_flags(args: argparse.Namespace) -> list[str]:
     """Those of the sampling flags that are given."""
-    return [_flag(name) for name in ("labels", "count", "precision", *_FLAGS) if getattr(args, name) is not None]
+    names = ("labels", "count", "preset", "precision", "compile", *_FLAGS)
+    return [_flag(name) for name in names if getattr(args, name) not in (None, False)]
 
 
 @dataclass(frozen=True)
@@ -78,11 +94,14 @@ class Drawing:
         for name, value in given.items():
             check_setting(name, value)
         turn = None if args.labels is None else parse_labels(args.labels)
-        pipeline = MixARPipeline.from_pretrained(args.path, precision=args.precision).with_settings(**given)
+        pipeline = MixARPipeline.from_pretrained(args.path, precision=args.precision, compile=args.compile)
+        with _naming_flags():
+            pipeline = pipeline.with_settings(**PRESETS.get(args.preset, {}) | given)
         turn = turn or list(range(pipeline.model.config.classes))
         count = args.count or count or len(turn)
         parts = [f"{pipeline.settings.seed}-{count}", *([f"labels-{args.labels}"] if args.labels else [])]
-        parts += [f"{name}-{value}" for name, value in given.items() if name not in ("seed", "batch")]
+        parts += [args.preset] if args.preset else []
+        parts += [f"{name}-{value}".replace(" ", "") for name, value in given.items() if name not in ("seed", "batch")]
         return cls(Path(args.path), pipeline, turn, count, "-".join(parts))
 
     def with_guidance(self, guidance: float) -> "Drawing":
@@ -185,12 +204,19 @@ def parse_labels(text: str) -> list[int]:
 
 def check_setting(name: str, value: Any) -> None:
     """UserError, naming the flag, where `value` is out of the range that a config's `sample.<name>` has."""
-    try:
+    with _naming_flags():
         load_config(None, ["task=vae", f"sample.{name}={value}"])  # of a vae: the model's own limits are not known here
         if name == "diffusion_steps":
             Diffusion(value)
+
+
+@contextmanager
+def _naming_flags() -> Iterator[None]:
+    """Mistakes in settings of sampling told as mistakes in the flags."""
+    try:
+        yield
     except UserError as error:
-        raise UserError(str(error).replace(f"sample.{name}=", f"{_flag(name)} ")) from None
+        raise UserError(re.sub(r"sample\.(\w+)=", lambda key: f"{_flag(key[1])} ", str(error))) from None
 
 
 def _flag(name: str) -> str:

@@ -6,9 +6,10 @@ import pytest
 import torch
 from fixtures import Fixture, assert_close, load
 
-from mixar.config import ModelConfig
+from mixar.config import ModelConfig, SampleConfig
 from mixar.mixing import Masking
 from mixar.model import Diffusion, MixAR, patchify, unpatchify
+from mixar.model.attention import Wanted
 from mixar.model.head import Head
 from mixar.sampling.autoregressive import denoise, sample_steps
 from mixar.weights import load_strict
@@ -64,7 +65,7 @@ def test_forward(forward: Fixture) -> None:
     assert torch.equal(tokens, expected["tokens"])
     assert torch.equal(unpatchify(tokens, model.config.patch), expected["unpatchify"])
     b, n = tokens.shape[:2]
-    every = torch.arange(b * n)
+    every = Wanted(torch.arange(b * n), (n,) * b)
     whole = masking_of(torch.ones(b, n))
     with torch.no_grad():
         for suffix, classes in (("", model.class_emb(given["labels"])), ("_uncond", model.fake_latent.expand(b, -1))):
@@ -165,12 +166,11 @@ def test_ancestral_loop(diffloss: Fixture, run: str) -> None:
         steps = denoise(
             head,
             Diffusion(diffloss.config["num_sampling_steps"]),
-            given["z"][:rows],
-            given["z"][rows:] if guided else None,
+            given["z"],
             given["cfg"].item() if guided else 1.0,
-            given["temperature"].item(),
             given["noise_init"],
             lambda done: given["noise_steps"][done][:rows],
+            SampleConfig(temperature=given["temperature"].item()),
         )
         trajectory = torch.stack(list(steps))
     assert_close(trajectory, expected["trajectory"][:, :rows], 5e-4, "trajectory")
@@ -213,12 +213,12 @@ def test_sampling_loops() -> None:
         given, expected = fixture.under(f"{run}.in."), fixture.under(f"{run}.out.")
         order = given["orders"]
         b, n = order.shape
-        steps = sample_steps(
-            model, given["labels"] if settings["labels"] else None, None, order, RecordedNoise(given),
-            steps=settings["num_iter"], diffusion_start=999,
-            diffusion_steps=fixture.config["model"]["num_sampling_steps"],
+        sampling = SampleConfig(
+            steps=settings["num_iter"], diffusion_steps=fixture.config["model"]["num_sampling_steps"],
             guidance=settings["cfg"], guidance_schedule=settings["cfg_schedule"], temperature=settings["temperature"],
         )  # fmt: skip
+        labels = given["labels"] if settings["labels"] else None
+        steps = sample_steps(model, labels, None, order, RecordedNoise(given), sampling)
         before = torch.zeros(b, n, model.config.token_dim)
         revealing = [i for i in range(settings["num_iter"]) if expected["mask_to_pred"][i].any()]
         for i, step in zip(revealing, steps, strict=True):

@@ -7,6 +7,7 @@ from mixar.config import ModelConfig
 from mixar.draws import Stream
 from mixar.mixing import Masking
 from mixar.model import MixAR, init_weights
+from mixar.model.attention import Wanted
 from mixar.model.dropout import drop, token_keys
 
 KEYS = draws.bits(0, Stream.DROPOUT, torch.arange(4000), 1)[:, 0]
@@ -45,7 +46,7 @@ def test_an_image_does_not_see_its_batch() -> None:
 
     def condition(rows: list[int], keys: torch.Tensor | None) -> torch.Tensor:
         masking = Masking.from_order(order[rows], [12 if row % 2 else 9 for row in rows])
-        every = torch.arange(len(rows) * 16)
+        every = Wanted(torch.arange(len(rows) * 16), (16,) * len(rows))
         return model.condition(tokens[rows], classes[rows], masking, codes[rows], every, keys).view(len(rows), 16, -1)
 
     whole = condition([0, 1, 2, 3, 4, 5], keys)

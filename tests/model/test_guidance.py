@@ -8,6 +8,7 @@ from mixar.config import GUIDANCES, ModelConfig
 from mixar.draws import Stream
 from mixar.mixing import Masking, Mixture, ti_mix
 from mixar.model import MixAR, init_weights
+from mixar.model.attention import Wanted
 
 N, C = 16, 6
 
@@ -34,7 +35,7 @@ def inputs(b: int = 3, seed: int = 0):
 def z_of(model: MixAR, tokens, labels, codes, masking) -> torch.Tensor:
     given = None if model.config.guidance == "none" else codes
     with torch.no_grad():
-        every = torch.arange(len(tokens) * N)
+        every = Wanted(torch.arange(len(tokens) * N), (N,) * len(tokens))
         return model.condition(tokens, model.class_embedding(labels), masking, given, every).view(len(tokens), N, -1)
 
 
@@ -97,7 +98,7 @@ def test_tokens_mixed_in_the_model_are_those_of_ti_mix(guidance: str) -> None:
     masking = Masking.from_order(order, [12] * 3)
     rho = draws.uniform(0, Stream.RHO, torch.arange(3), N)
     mixture = Mixture(codes ^ 31, rho, torch.tensor([0.4]))
-    classes, every = model.class_embedding(labels), torch.arange(3 * N)
+    classes, every = model.class_embedding(labels), Wanted(torch.arange(3 * N), (N,) * 3)
     with torch.no_grad():
         found = model.condition(tokens, classes, masking, codes, every, mixture=mixture)
         expected = model.condition(tokens, classes, masking, ti_mix(codes, codes ^ 31, masking.masked, rho, 0.4), every)
