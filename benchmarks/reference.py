@@ -1,8 +1,8 @@
 """MAR's algorithm written down plainly, with the habits of its public code, to time ours against.
 
-Parameters have the names of the public weights. What makes it slow is kept on purpose: one mask ratio a batch, orders in a
-Python loop, the head on every row, embeddings of time and condition again for every row and diffusion step, tables that go
-to the device value by value, an EMA tensor by tensor, and the loss read in every step.
+Parameters have the names of the public weights. What makes it slow is kept on purpose: one ratio a batch, orders in
+a Python loop, the head on every row, embeddings of time and condition again for every row and diffusion step, tables
+that go to the device value by value, an EMA tensor by tensor, and the loss read in every step.
 """
 
 import copy

@@ -17,6 +17,12 @@ class Picks:
     flips: list[bool]  # which of them are mirrored
 
 
+def on_device(values: list[int], device: torch.device) -> Tensor:
+    """int64 numbers of the host on `device`, without waiting for what it computes."""
+    tensor = torch.tensor(values, dtype=torch.int64)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 class _Movable:
     """A record of tensors that moves as one."""
 
@@ -65,7 +71,7 @@ class Batch(_Movable):
 
     def select(self, order: list[int]) -> "Batch":
         """The samples at `order`, in that order."""
-        pick = torch.tensor(order, device=self.index.device)
+        pick = on_device(order, self.index.device)
         moved = self._map(lambda tensor: tensor[pick])
         moved.places, moved.keys = [self.places[i] for i in order], [self.keys[i] for i in order]
         if moved.drawn is not None:

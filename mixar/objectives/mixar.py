@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mixar import draws
 from mixar.codecs import LatentNorm, load_tokenizer, load_vae, posterior
 from mixar.config import Config, to_dict
-from mixar.data.batch import Batch
+from mixar.data.batch import Batch, on_device
 from mixar.draws import Stream
 from mixar.engine import Scalars
 from mixar.metrics import log
@@ -108,7 +108,7 @@ class MixARObjective:
         codes, mixture, generated = batch.codes, None, nothing
         if share < 1:
             rho = draws.uniform(seed, Stream.RHO, batch.index, cfg.model.tokens)
-            mixture = Mixture(self._drawn(batch, masking), rho, torch.full((1,), share, device=rho.device))
+            mixture = Mixture(self._drawn(batch, masking, share), rho, torch.full((1,), share, device=rho.device))
             generated = torch.stack([(masking.masked & (rho >= share)).sum(), masking.masked.sum()]).float()
         if cfg.model.guidance_drop_prob > 0:
             drop = draws.uniform(seed, Stream.CODE_DROP, batch.index, 1) < cfg.model.guidance_drop_prob
@@ -117,15 +117,29 @@ class MixARObjective:
                 mixture = mixture._replace(drawn=mixture.drawn.masked_fill(drop, -1))
         return codes, mixture, share, generated
 
-    def _drawn(self, batch: Batch, masking: Masking) -> Tensor:
+    def _drawn(self, batch: Batch, masking: Masking, share: float) -> Tensor:
+        """x̂_d [B, N]. The prior runs for the images that take a token of it, the others keep their own."""
         if batch.drawn is not None:
             return batch.drawn.codes
         assert self.prior is not None and batch.codes is not None
+        asking = self._asking(batch, masking, share)
+        if not asking:
+            return batch.codes
+        rows = on_device(asking, batch.codes.device)
         u = None
         if self.cfg.ti_mix.draw == "sample":
             shape = (self.cfg.model.tokens, self.prior.config.splits)
-            u = draws.uniform(self.cfg.seed, Stream.PRIOR_FILL, batch.index, *shape)
-        return fill(self.prior, batch.codes, masking.masked, batch.labels, u)
+            u = draws.uniform(self.cfg.seed, Stream.PRIOR_FILL, batch.index[rows], *shape)
+        filled = fill(self.prior, batch.codes[rows], masking.masked[rows], batch.labels[rows], u)
+        return batch.codes.index_copy(0, rows, filled)
+
+    def _asking(self, batch: Batch, masking: Masking, share: float) -> list[int]:
+        """The images with a masked position of ρ ≥ λ: drawn once more on the host, which then waits for no device."""
+        seed, n, index = self.cfg.seed, self.cfg.model.tokens, torch.tensor(batch.places)
+        rho = draws.uniform(seed, Stream.RHO, index, n)
+        order = draws.permutation(seed, Stream.MASK_ORDER, index, n)
+        mixed = Masking.from_order(order, masking.hidden).masked & (rho >= share)
+        return mixed.any(-1).nonzero()[:, 0].tolist()
 
     def preview(self, model: nn.Module) -> Tensor | None:
         if self._missing():

@@ -1,0 +1,122 @@
+"""The training step of MixAR: what it computes, what it waits for, what it compiles."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch.overrides import TorchFunctionMode
+
+from mixar.codecs import LatentNorm
+from mixar.config import Config, PriorConfig, load_config, to_dict
+from mixar.data.batch import Batch
+from mixar.dist import Place
+from mixar.engine import build_engine
+from mixar.mixing import ground_truth_share
+from mixar.objectives import MixARObjective
+from mixar.objectives import mixar as module
+from mixar.prior import Prior
+from mixar.weights import write_export
+
+ROOT = Path(__file__).parents[2]
+PLACE = Place(0, 1, torch.device("cpu"))
+BATCH = 32
+
+
+@pytest.fixture
+def cfg(tmp_path: Path) -> Config:
+    """The demo's MixAR made small, its λ on the way from 1 to 0 between the epochs 0 and 1, and MAR's dropout."""
+    prior = PriorConfig(width=32, depth=1, heads=2, mlp_width=64, bits=8, grid=4, classes=10)
+    write_export(tmp_path / "prior", "prior", to_dict(prior), Prior(prior).state_dict())
+    return load_config(
+        ROOT / "configs/demo/mixar.yaml",
+        [f"prior.weights={tmp_path / 'prior'}", "ti_mix.start_epoch=0", "ti_mix.duration_epochs=1", "train.batch=32",
+         "model.encoder_width=32", "model.encoder_depth=2", "model.encoder_heads=2", "model.head_depth=2",
+         "model.head_width=32", "model.dropout=0.1", "train.precision=fp32"],
+    )  # fmt: skip
+
+
+def objective_of(cfg: Config) -> MixARObjective:
+    norm = LatentNorm(torch.zeros(cfg.vae.latent_channels), torch.ones(cfg.vae.latent_channels))
+    return MixARObjective(cfg, norm, PLACE.device)
+
+
+def batch_of(cfg: Config, step: int) -> Batch:
+    index = torch.arange(step * BATCH, (step + 1) * BATCH)
+    generator = torch.Generator().manual_seed(step)
+    moments = torch.randn(BATCH, 2 * cfg.vae.latent_channels, 4, 4, generator=generator).half()
+    codes = torch.randint(256, (BATCH, cfg.model.tokens), generator=generator)
+    return Batch(index, index.tolist(), [str(i) for i in index], index % 10, moments=moments, codes=codes)
+
+
+def test_compiled_blocks_are_compiled_once(cfg: Config, tmp_path: Path) -> None:
+    cfg.engine.compile = True
+    engine = build_engine(cfg, objective_of(cfg), lambda epoch: 1e-3, PLACE, tmp_path)
+    compiled = []
+    for step in range(53):
+        info = engine.step([batch_of(cfg, step)], step / 50)
+        if step > 2:
+            compiled.append(counters["stats"]["unique_graphs"])
+    assert compiled[0] > 0 and compiled[-1] == compiled[0] and len(compiled) == 50
+    assert info.finite and info.scalars["ti_mix/generated"][0] > 0, "λ has fallen, and the prior's tokens are mixed in"
+
+
+class _Reads(TorchFunctionMode):
+    """Notes which function of mixar reads a tensor's value, for which the host would have to wait for a device."""
+
+    READS = (
+        "item", "tolist", "__bool__", "__int__", "__float__", "__index__", "numpy", "cpu", "nonzero", "masked_select",
+        "unique", "is_nonzero", "equal", "allclose",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sites: Counter[str] = Counter()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        by_mask = func is torch.Tensor.__getitem__ and isinstance(args[1], torch.Tensor) and args[1].dtype == torch.bool
+        if getattr(func, "__name__", "") in self.READS or by_mask:
+            self.sites[_caller()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _caller() -> str:
+    frame = sys._getframe(2)
+    while frame is not None and not frame.f_code.co_filename.startswith(str(ROOT / "mixar")):
+        frame = frame.f_back
+    return frame.f_code.co_name if frame is not None else "outside"
+
+
+def test_a_step_waits_for_no_device(cfg: Config, tmp_path: Path) -> None:
+    engine = build_engine(cfg, objective_of(cfg), lambda epoch: 1e-3, PLACE, tmp_path)
+    engine.step([batch_of(cfg, 0)], 0.5)  # tables are made in the first one
+    batch = batch_of(cfg, 1)
+    with _Reads() as reads:
+        engine.step([batch], 0.5)
+    # of what the host itself has drawn, whatever the device: the mask's counts, and who needs the prior
+    assert set(reads.sites) <= {"masked_counts", "_asking"}
+    with reads:
+        torch.ones(1).item(), torch.ones(2)[torch.ones(2) > 0]
+    assert reads.sites["outside"] == 2, "the watch does see what reads a value"
+
+
+@pytest.mark.parametrize("epoch", [0.01, 0.1, 0.6])
+def test_the_prior_runs_for_the_images_that_take_its_tokens(cfg: Config, epoch: float, monkeypatch) -> None:
+    objective, batch = objective_of(cfg), batch_of(cfg, 3)
+    ran, fill = [], module.fill
+
+    def noting(prior, codes, masked, labels, u):
+        ran.append(len(codes))
+        return fill(prior, codes, masked, labels, u)
+
+    monkeypatch.setattr(module, "fill", noting)
+    batch, masking = objective._mask(batch)
+    codes, mixture, share, _ = objective._codes(batch, masking, epoch)
+    assert share == ground_truth_share(cfg.ti_mix, epoch) < 1
+    mixed = masking.masked & (mixture.rho >= share)
+    assert sum(ran) == mixed.any(-1).sum() and (epoch > 0.05 or sum(ran) < BATCH)
+    monkeypatch.setattr(objective, "_asking", lambda *_: list(range(BATCH)))
+    everyone = objective._codes(batch, masking, epoch)[1]
+    assert torch.equal(mixture.drawn[mixed], everyone.drawn[mixed]) and not torch.equal(mixture.drawn, codes)
