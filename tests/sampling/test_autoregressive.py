@@ -1,0 +1,132 @@
+"""The fast ways of the autoregressive loop; the exact one is held by tests/golden."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from mixar.config import PRESETS, SampleConfig
+from mixar.errors import UserError
+from mixar.model import Diffusion
+from mixar.sampling import reveal_schedule
+from mixar.sampling.autoregressive import compiled_predict, predict, sampling_order
+
+
+@pytest.mark.parametrize("order", ["random", "checkerboard"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8, 16, 64, 300])
+@pytest.mark.parametrize("tokens", [1, 9, 16, 256])
+def test_every_position_is_revealed_once(tokens: int, steps: int, order: str) -> None:
+    plan = reveal_schedule(tokens, SampleConfig(steps=steps, order=order))
+    assert len(plan) == steps and plan[0].before == tokens and plan[-1].after == 0
+    assert all(step.after == later.before <= step.before for step, later in pairwise(plan))
+
+
+def test_a_checkerboard_takes_its_second_half_in_two_steps() -> None:
+    plan = reveal_schedule(256, SampleConfig(steps=10, order="checkerboard"))
+    assert [step.after for step in plan[-3:]] == [128, 64, 0]
+    slow = [step.before - step.after for step in plan[:8]]
+    assert slow == sorted(slow) and slow[0] < 5, "a cosine, few at first"
+    assert [step.after for step in reveal_schedule(256, SampleConfig(steps=3, order="checkerboard"))][1:] == [128, 0]
+
+
+def test_checkerboard_order_goes_from_coarse_to_fine() -> None:
+    seeds = torch.arange(5)
+    order = sampling_order("checkerboard", seeds, 256)
+    assert torch.equal(order.sort(-1).values, torch.arange(256).expand(5, -1))
+    assert not torch.equal(order[0], order[1]), "at random within a checkerboard"
+    assert torch.equal(order[3:4], sampling_order("checkerboard", seeds[3:4], 256))
+    row, column = order.flip(-1) // 16, order.flip(-1) % 16  # in the order of generation
+    for count, spacing in ((4, 8), (16, 4), (64, 2)):
+        assert (row[:, :count] % spacing == 0).all() and (column[:, :count] % spacing == 0).all()
+    for count, spacing in ((8, 4), (32, 2), (128, 1)):  # the quincunx between two lattices
+        assert ((row[:, :count] // spacing + column[:, :count] // spacing) % 2 == 0).all()
+
+
+def test_disa_lets_the_diffusion_steps_fall() -> None:
+    plan = reveal_schedule(256, SampleConfig(steps=64, diffusion_steps="50", diffusion_steps_end=5))
+    found = [int(step.diffusion_steps) for step in plan]
+    assert found == [5 + math.floor((63 - k) / 63 * 45) for k in range(64)]
+    assert found[0] == 50 and found[-1] == 5
+
+
+def test_guidance_is_left_out_outside_of_its_interval() -> None:
+    whole = reveal_schedule(256, SampleConfig(steps=16, guidance=3.0))
+    part = reveal_schedule(256, SampleConfig(steps=16, guidance=3.0, guidance_interval=[0.25, 0.75]))
+    assert all(step.guidance == 1 for step in part[:4] + part[12:])
+    assert part[4:12] == whole[4:12] and all(step.guidance > 1 for step in whole)
+
+
+def test_the_ode_solver_is_of_second_order() -> None:
+    """On a Gaussian, whose ε and whose flow are known, twice the steps leave a quarter of the error."""
+    mean, std = 1.5, 0.3
+    errors = []
+    for steps in (25, 50, 100):
+        process = Diffusion(str(steps), 950)
+        alpha, sigma = (process.tables[n] for n in ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"))
+        spread = np.sqrt((alpha * std) ** 2 + sigma**2)
+        quantile = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
+        x, before = float(alpha[-1]) * mean + float(spread[-1]) * quantile, None
+        for step in reversed(range(1, len(process))):
+            eps = float(sigma[step] / spread[step] ** 2) * (x - float(alpha[step]) * mean)
+            x, before = process.ode_step(step, x, eps, before)
+        errors.append((x - (float(alpha[0]) * mean + float(spread[0]) * quantile)).abs().max().item())
+    assert errors[-1] < 0.02 * std
+    for coarse, fine in pairwise(errors):
+        assert 3 < coarse / fine < 5
+
+
+def test_the_last_ode_step_gives_the_clean_tokens() -> None:
+    process, x, eps = Diffusion("8", 950), torch.randn(5, 3), torch.randn(5, 3)
+    alpha, sigma = (process.tables[n][0] for n in ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"))
+    done, clean = process.ode_step(0, x, eps, torch.randn(5, 3))
+    torch.testing.assert_close(done, ((x - sigma * eps) / alpha).float())
+    assert torch.equal(done, clean)
+
+
+@pytest.mark.parametrize("scale", [None, 2.5])
+def test_the_compiled_step_is_the_step(make_pipeline, scale: float | None) -> None:
+    head, run = make_pipeline().model.diffloss.net, compiled_predict(torch.device("cpu"))
+    weight = None if scale is None else torch.full((), scale)
+    with torch.no_grad():
+        times = head.time_embed(torch.tensor([0, 500, 999]))
+        for rows in (7, 12):
+            given = torch.randn(rows, 4), times[1:2], torch.randn(rows * (1 if scale is None else 2), 32), weight
+            for ours, plain in zip(run(head, *given), predict(head, *given)):
+                torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_sample(make_pipeline, preset: str) -> None:
+    pipeline = make_pipeline().with_settings(**PRESETS[preset])
+    images = pipeline([0, 1, 2], [5, 6, 7])
+    assert images.float().std() > 1
+    alone = pipeline([1], [6])  # rounding of matrices of other sizes may carry a pixel over the edge of its level
+    assert (alone.int() - images[1:2].int()).abs().max() <= 1
+
+
+def test_fast_settings_draw_otherwise(make_pipeline) -> None:
+    pipeline = make_pipeline()
+    seen = {pipeline([0, 1], [5, 6]).numpy().tobytes()}
+    for changes in (
+        {"order": "checkerboard"}, {"solver": "dpm"}, {"diffusion_steps_end": 2}, {"guidance_interval": [0.5, 1.0]},
+    ):  # fmt: skip
+        seen.add(pipeline.with_settings(**changes)([0, 1], [5, 6]).numpy().tobytes())
+    assert len(seen) == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"guidance_interval": [0.5]}, r"guidance_interval=\[0.25,1\]"),
+        ({"guidance_interval": [0.8, 0.2]}, r"guidance_interval=\[0.25,1\]"),
+        ({"diffusion_steps": "ddim50", "diffusion_steps_end": 5}, "write sample.diffusion_steps=50"),
+        ({"diffusion_steps": "4", "diffusion_steps_end": 60}, "write sample.diffusion_steps=60"),
+        ({"solver": "dpm", "diffusion_steps": "1"}, "write sample.diffusion_steps=2"),
+        ({"solver": "dpm", "temperature": 0.9}, "write sample.temperature=1"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(make_pipeline, changes: dict, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        make_pipeline().with_settings(**changes)
