@@ -25,7 +25,7 @@ from mixar.config import (
 )
 from mixar.dist import fast_precision
 from mixar.errors import UserError
-from mixar.model import MixAR, unpatchify
+from mixar.model import Diffusion, MixAR, unpatchify
 from mixar.prior import Prior, keyed_draws, load_prior, sample_codes
 from mixar.sampling.autoregressive import compiled_predict, predict, sample_tokens
 from mixar.weights import is_export, load_strict, read_export, write_export
@@ -168,7 +168,7 @@ class MixARPipeline:
         progress: str | None = None,
     ) -> Iterator[Tensor]:  # fmt: skip
         """What a call returns, `settings.batch` images at a time and in constant memory."""
-        labels, seeds = self._checked(labels, seeds)
+        labels, seeds = self.checked(labels, seeds)
         for rows in self._batches(len(labels), progress):
             some_labels, some_seeds = labels[rows].to(self.device), seeds[rows].to(self.device)
             some_codes = None if codes is None else codes[rows].to(self.device)
@@ -186,7 +186,7 @@ class MixARPipeline:
         """
         if self.prior is None:
             raise UserError("this model has guidance none: it samples without discrete tokens, drop the prior")
-        labels, seeds = self._checked(labels, seeds)
+        labels, seeds = self.checked(labels, seeds)
         batches = self._batches(len(labels), progress)
         draw = self._draw_codes
         return torch.cat([draw(self.prior, labels[b].to(self.device), seeds[b].to(self.device)).cpu() for b in batches])
@@ -197,6 +197,26 @@ class MixARPipeline:
         assert self.tokenizer is not None, "decoding discrete tokens needs the tokenizer"
         images = [self.tokenizer.decode(codes[b].to(self.device)).float().cpu() for b in self._batches(len(codes))]
         return (torch.cat(images).clamp(0, 1) * 255).byte()  # MaskBit truncates
+
+    def checked(self, labels: Tensor | Sequence[int], seeds: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Labels and seeds as int64 [B] each, for what a call can draw.
+
+        Raises:
+            UserError: labels out of range, not as many seeds as labels, or settings that this model cannot follow.
+        """
+        labels, seeds = torch.as_tensor(labels), torch.as_tensor(seeds)
+        classes = self.model.config.classes
+        if labels.ndim != 1 or labels.shape != seeds.shape:
+            shapes = f"{list(labels.shape)} labels and {list(seeds.shape)} seeds"
+            raise UserError(f"{shapes} were given: give one list of both, with one seed a label")
+        if len(labels) == 0 or labels.min() < 0 or labels.max() >= classes:
+            raise UserError(f"labels must lie in 0..{classes - 1}, given: {sorted(set(labels.tolist()))[:10]}")
+        if self.prior is not None:
+            most, steps = self.prior.config.grid**2 * self.prior.config.splits, self.settings.prior_steps
+            if steps > most:  # there MaskBit's loop masks everything again
+                raise UserError(f"{steps} prior steps exceed the {most} sub-tokens of an image: take {most} or fewer")
+        Diffusion(self.settings.diffusion_steps, self.settings.diffusion_start)  # a late start leaves few steps to take
+        return labels, seeds
 
     def _batches(self, count: int, progress: str | None = None) -> Iterator[slice]:
         with tqdm(total=count, desc=progress, unit="image", disable=progress is None) as bar:
@@ -221,20 +241,6 @@ class MixARPipeline:
     def _decode(self, tokens: Tensor) -> Tensor:
         latents = self.norm.denormalise(unpatchify(tokens, self.model.config.patch))
         return rearrange(to_uint8(self.vae.decode(latents)), "b h w c -> b c h w").cpu()
-
-    def _checked(self, labels: Tensor | Sequence[int], seeds: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
-        labels, seeds = torch.as_tensor(labels), torch.as_tensor(seeds)
-        classes = self.model.config.classes
-        if labels.ndim != 1 or labels.shape != seeds.shape:
-            shapes = f"{list(labels.shape)} labels and {list(seeds.shape)} seeds"
-            raise UserError(f"{shapes} were given: give one list of both, with one seed a label")
-        if len(labels) == 0 or labels.min() < 0 or labels.max() >= classes:
-            raise UserError(f"labels must lie in 0..{classes - 1}, given: {sorted(set(labels.tolist()))[:10]}")
-        if self.prior is not None:
-            most, steps = self.prior.config.grid**2 * self.prior.config.splits, self.settings.prior_steps
-            if steps > most:  # there MaskBit's loop masks everything again
-                raise UserError(f"{steps} prior steps exceed the {most} sub-tokens of an image: take {most} or fewer")
-        return labels, seeds
 
 
 def find_export(path: Path) -> Path:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from einops import rearrange
 from PIL import Image
+from torch import Tensor
 
-from mixar.config import ORDERS, PRECISIONS, PRESETS, load_config, to_dict
+from mixar.config import ORDERS, PRECISIONS, PRESETS, SampleConfig, load_config, to_dict
 from mixar.errors import UserError
 from mixar.evaluation.files import replacing
 from mixar.evaluation.images import write_npz
@@ -46,6 +47,8 @@ _FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "prior_guidance": (float, "guidance of the discrete prior; 0 is none"),
     "batch": (int, "images at a time; it changes the speed only"),
 }
+# what a grid can vary; the seed and the batch change no quality, and an interval has a comma of its own
+AXES = ("preset", *(name for name in _FLAGS if name not in ("seed", "batch", "guidance_interval")))
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, count: str) -> None:
@@ -72,14 +75,20 @@ class Drawing:
     Attributes:
         path: of the run directory or the export.
         pipeline: with the settings to draw by.
-        name: of the folder; drawings that differ in what was asked for have different names.
+        released: the export's own settings.
+        weights: the fingerprint of each network.
+        classes: `turn` as --labels gave it.
+        asked: what the settings to draw by change of the export's: fields of `SampleConfig`, and `preset`.
     """
 
     path: Path
     pipeline: MixARPipeline
+    released: SampleConfig
+    weights: dict[str, str]
     turn: list[int]
+    classes: str | None
     count: int
-    name: str
+    asked: dict[str, Any]
 
     @classmethod
     def of(cls, args: argparse.Namespace, count: int | None = None) -> "Drawing":
@@ -90,25 +99,36 @@ class Drawing:
         """
         if args.count is not None and args.count < 1:
             raise UserError(f"--count {args.count} draws nothing: write --count 1 or more")
-        given = {name: getattr(args, name) for name in _FLAGS if getattr(args, name) is not None}
-        for name, value in given.items():
-            check_setting(name, value)
+        asked = {name: getattr(args, name) for name in ("preset", *_FLAGS) if getattr(args, name) is not None}
         turn = None if args.labels is None else parse_labels(args.labels)
-        pipeline = MixARPipeline.from_pretrained(args.path, precision=args.precision, compile=args.compile)
-        with _naming_flags():
-            pipeline = pipeline.with_settings(**PRESETS.get(args.preset, {}) | given)
-        turn = turn or list(range(pipeline.model.config.classes))
-        count = args.count or count or len(turn)
-        parts = [f"{pipeline.settings.seed}-{count}", *([f"labels-{args.labels}"] if args.labels else [])]
-        parts += [args.preset] if args.preset else []
-        parts += [f"{name}-{value}".replace(" ", "") for name, value in given.items() if name not in ("seed", "batch")]
-        return cls(Path(args.path), pipeline, turn, count, "-".join(parts))
+        with naming(flag):
+            check_settings(asked)
+            pipeline = MixARPipeline.from_pretrained(args.path, precision=args.precision, compile=args.compile)
+            weights = {name: fingerprint(network.state_dict()) for name, network in pipeline.networks.items()}
+            turn = turn or list(range(pipeline.model.config.classes))
+            count = args.count or count or len(turn)
+            released = cls(Path(args.path), pipeline, pipeline.settings, weights, turn, args.labels, count, {})
+            return released.with_settings(**asked)
 
-    def with_guidance(self, guidance: float) -> "Drawing":
-        """The same images under another guidance."""
-        check_setting("guidance", guidance)
-        pipeline = self.pipeline.with_settings(guidance=guidance)
-        return replace(self, pipeline=pipeline, name=f"{self.name}-guidance-{guidance}")
+    def with_settings(self, **changes: Any) -> "Drawing":
+        """As many images of the same classes under other settings: fields of `SampleConfig`, and `preset`.
+
+        Raises:
+            UserError: settings that do not go together.
+        """
+        asked = self.asked | changes
+        fields = {name: value for name, value in asked.items() if name != "preset"}
+        chosen = vars(self.released) | PRESETS.get(asked.get("preset", ""), {}) | fields
+        return replace(self, pipeline=self.pipeline.with_settings(**chosen), asked=asked)
+
+    @property
+    def name(self) -> str:
+        """Of the folder; drawings that differ in what was asked for have different names."""
+        parts = [f"{self.pipeline.settings.seed}-{self.count}"]
+        parts += [f"labels-{self.classes}"] if self.classes else []
+        parts += [self.asked["preset"]] if "preset" in self.asked else []
+        said = [name for name in _FLAGS if name in self.asked and name not in ("seed", "batch")]
+        return "-".join([*parts, *(f"{name}-{self.asked[name]}".replace(" ", "") for name in said)])
 
     @property
     def folder(self) -> Path:
@@ -126,8 +146,32 @@ class Drawing:
         first = self.pipeline.settings.seed
         return list(range(first, first + self.count))
 
-    def write(self, folder: Path) -> list[Path]:
+    @property
+    def record(self) -> dict[str, Any]:
+        """How the samples are drawn, as their folder says it."""
+        return {
+            "export": str(find_export(self.path)),
+            "weights": self.weights,
+            "dtype": self.pipeline.precision,
+            "labels": self.turn,
+            "count": self.count,
+            "sampling": {name: value for name, value in to_dict(self.pipeline.settings).items() if name != "batch"},
+        }
+
+    def check(self) -> None:
+        """Find before anything is drawn what `write(folder)` would refuse.
+
+        Raises:
+            UserError: settings or labels that this model cannot follow, or a folder of samples drawn otherwise.
+        """
+        self.pipeline.checked(self.labels, self.seeds)
+        self._refuse_others(self.folder)
+
+    def write(self, folder: Path, watch: Callable[[Iterator[Tensor]], Iterator[Tensor]] = iter) -> list[Path]:
         """Draw those of the PNGs `<seed>-<label>.png` that `folder` does not hold yet; returns all, in order of seed.
+
+        Args:
+            watch: passes the drawn batches [B, 3, H, W] on, to see how long each takes.
 
         Raises:
             UserError: nothing can be written there, or the folder holds samples that were drawn otherwise.
@@ -137,7 +181,7 @@ class Drawing:
         missing = [i for i, file in enumerate(files) if not file.exists()]
         if missing:
             labels, seeds = [self.labels[i] for i in missing], [self.seeds[i] for i in missing]
-            images = chain.from_iterable(self.pipeline.stream(labels, seeds, progress="samples"))
+            images = chain.from_iterable(watch(self.pipeline.stream(labels, seeds, progress="samples")))
             for image, i in zip(images, missing):
                 with replacing(files[i]) as part:
                     Image.fromarray(rearrange(image, "c h w -> h w c").numpy()).save(part, "PNG")
@@ -154,15 +198,12 @@ class Drawing:
 
     def _claim(self, folder: Path) -> None:
         """Write down how the samples in `folder` are drawn, unless it holds others."""
-        networks = self.pipeline.networks.items()
-        record = {
-            "export": str(find_export(self.path)),
-            "weights": {name: fingerprint(network.state_dict()) for name, network in networks},
-            "dtype": self.pipeline.precision,
-            "labels": self.turn,
-            "count": self.count,
-            "sampling": {name: value for name, value in to_dict(self.pipeline.settings).items() if name != "batch"},
-        }
+        self._refuse_others(folder)
+        with replacing(folder / RECORD) as part:
+            part.write_text(json.dumps(self.record, indent=2) + "\n")
+
+    def _refuse_others(self, folder: Path) -> None:
+        record = self.record
         before = read_record(folder) or record
         other = [key for key in record if before.get(key) != record[key]]
         if other and (any(folder.glob("*.png")) or (folder / NPZ).exists()):
@@ -170,8 +211,6 @@ class Drawing:
                 f"{folder} holds samples of other {', '.join(other)}: remove it, or draw into another folder with "
                 "`mixar sample --out`"
             )
-        with replacing(folder / RECORD) as part:
-            part.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def read_record(samples: Path) -> dict[str, Any] | None:
@@ -202,21 +241,51 @@ def parse_labels(text: str) -> list[int]:
     return labels
 
 
-def check_setting(name: str, value: Any) -> None:
-    """UserError, naming the flag, where `value` is out of the range that a config's `sample.<name>` has."""
-    with _naming_flags():
-        load_config(None, ["task=vae", f"sample.{name}={value}"])  # of a vae: the model's own limits are not known here
+def parse_setting(name: str, text: str) -> Any:
+    """The value of a sampling flag or of `preset`, as the command line reads it.
+
+    Raises:
+        UserError: no such value, or one out of range; told of `sample.<name>=`, see `naming`.
+    """
+    if name == "preset":
+        if text not in PRESETS:
+            raise UserError(f"sample.preset={text} is not known: write one of {', '.join(PRESETS)}")
+        return text
+    kind, _ = _FLAGS[name]
+    try:
+        value = kind(text)
+    except ValueError:
+        number = "a whole number" if kind is int else "a number"
+        raise UserError(f"sample.{name}={text} is not {number}: write such as sample.{name}=4") from None
+    check_settings({name: value})
+    return value
+
+
+def check_settings(asked: dict[str, Any]) -> None:
+    """Each setting by itself, whatever the model and the preset.
+
+    Raises:
+        UserError: a value out of the range that a config's `sample.<name>` has.
+    """
+    for name, value in asked.items():
+        if name != "preset":
+            load_config(None, ["task=vae", f"sample.{name}={value}"])  # of a vae: the model's limits are not known here
         if name == "diffusion_steps":
             Diffusion(value)
 
 
 @contextmanager
-def _naming_flags() -> Iterator[None]:
-    """Mistakes in settings of sampling told as mistakes in the flags."""
+def naming(how: Callable[[str], str]) -> Iterator[None]:
+    """Mistakes in settings of sampling told as mistakes in what the user typed: `how(name)` for `sample.<name>=`."""
     try:
         yield
     except UserError as error:
-        raise UserError(re.sub(r"sample\.(\w+)=", lambda key: f"{_flag(key[1])} ", str(error))) from None
+        raise UserError(re.sub(r"sample\.(\w+)=", lambda key: how(key[1]), str(error))) from None
+
+
+def flag(name: str) -> str:
+    """How the command line begins to say a setting: `--name `."""
+    return f"{_flag(name)} "
 
 
 def _flag(name: str) -> str:

@@ -78,7 +78,7 @@ def sweep(drawing: Drawing, guidances: list[float], scorer: "Scorer", out: Path 
     """Score the same seeds under each guidance, a receipt each, and write the curve with its best."""
     eval_dir, curve = place(drawing.path, "eval"), []
     for guidance in guidances:
-        drawn = drawing.with_guidance(guidance)
+        drawn = drawing.with_settings(guidance=guidance)
         drawn.write(drawn.folder)
         receipt = eval_dir / f"{drawn.name}.json"
         scores = scorer.score(drawn.folder, receipt)
