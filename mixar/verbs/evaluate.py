@@ -3,16 +3,17 @@
     mixar evaluate runs/mixar_l --reference imagenet.npz                           draws 50,000 images and scores them
     mixar evaluate --samples DIR --reference DIR --crop 256                        scores what is there
     mixar evaluate --reference DIR --crop 256 --save-statistics imagenet.npz       keeps a reference for later
-    mixar evaluate runs/mixar_l --reference imagenet.npz --sweep-guidance 1,2,3,4  the same seeds under each guidance
+    mixar evaluate runs/mixar_l --reference imagenet.npz --grid steps=8,64 guidance=2,3 --repeats 3
+                                                                                   speed against quality, at each point
 
 A distance is called FID only where it is one: published Inception weights and 50,000 samples. Samples are kept, so the
-same command goes on where it stopped.
+same command goes on where it stopped. A grid draws the same seeds and labels at each point, in the folders of `mixar
+sample`, and writes PATH/eval/<name>-grid.json with a table (.md) and a plot (.png).
 """
 
 import argparse
-import json
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ from mixar import dist
 from mixar.errors import UserError
 from mixar.evaluation import Features, Statistics, accumulate, evaluate
 from mixar.evaluation.extractors import Extractor, make_extractor
-from mixar.evaluation.files import replacing
 from mixar.evaluation.images import Images, read_images
 from mixar.evaluation.receipt import FID_IMAGES, Provenance, write_receipt
-from mixar.verbs.drawing import Drawing, add_sampling_arguments, place, read_record, sampling_flags
+from mixar.verbs.drawing import AXES, Drawing, add_sampling_arguments, place, read_record, sampling_flags
+from mixar.verbs.grid import DEFAULT, grid_drawings, parse_grid, run_grid
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,16 +38,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--extractor", default="inception", help="inception, inception=FILE, or a classifier's export")
     parser.add_argument("--reconstructions", action="store_true", help="the samples are reconstructions: an rFID")
     parser.add_argument("--save-statistics", metavar="FILE", help="keep the reference's statistics as an npz")
-    parser.add_argument("--out", metavar="FILE", help="the receipt; default: PATH/eval/<seed>-<count>.json")
-    parser.add_argument("--sweep-guidance", metavar="G,G,...", help="score each of these guidances")
+    parser.add_argument("--out", metavar="FILE", help="the receipt or grid; default: PATH/eval/<seed>-<count>.json")
+    axes = f"{', '.join(AXES)} (default: {' '.join(DEFAULT)}, and the presets)"
+    parser.add_argument("--grid", nargs="*", metavar="NAME=V,V", help=f"draw and score each point of a grid: {axes}")
+    parser.add_argument("--repeats", type=int, metavar="N", help="score each point of the grid on N ranges of seeds")
     add_sampling_arguments(parser, f"{FID_IMAGES}")
 
 
 def run(args: argparse.Namespace) -> None:
     check_flags(args)
     # first whatever may be wrong with what is to be scored: reading the reference takes long
-    guidances = parse_guidances(args.sweep_guidance) if args.sweep_guidance else []
+    points = [] if args.grid is None else parse_grid(args.grid, sampling_flags(args))
     drawing = Drawing.of(args, FID_IMAGES) if args.path else None
+    drawings = grid_drawings(drawing, points, args.repeats or 1) if drawing is not None else []
     if args.samples:
         open_samples(Path(args.samples))
 
@@ -54,8 +58,8 @@ def run(args: argparse.Namespace) -> None:
     if args.samples:
         samples = Path(args.samples)
         scorer.score(samples, out or samples.with_name(f"{samples.name}.eval.json"))
-    if drawing is not None and guidances:
-        sweep(drawing, guidances, scorer, out)
+    if drawing is not None and drawings:
+        run_grid(drawing, drawings, scorer, out)
     elif drawing is not None:
         drawing.write(drawing.folder)
         scorer.score(drawing.folder, out or place(drawing.path, "eval") / f"{drawing.name}.json")
@@ -63,34 +67,20 @@ def run(args: argparse.Namespace) -> None:
 
 def check_flags(args: argparse.Namespace) -> None:
     """UserError where the flags together ask for nothing, or for two things at once."""
+    if args.grid is not None and not args.path:
+        raise UserError("--grid draws its samples from a run or an export: name it before --grid")
     if args.path and args.samples:
         raise UserError(f"score either what {args.path} draws or --samples {args.samples}: drop one of them")
     if not (args.path or args.samples or args.save_statistics):
         raise UserError("nothing to score: name a run or an export, or --samples, or only --save-statistics FILE")
-    asked = [*sampling_flags(args), *(["--sweep-guidance"] if args.sweep_guidance else [])]
-    if asked and not args.path:
+    if (asked := sampling_flags(args)) and not args.path:
         raise UserError(f"{', '.join(asked)} tell how to draw samples: name a run or an export, or drop them")
-    if "--guidance" in asked and args.sweep_guidance:
-        raise UserError("--sweep-guidance tries its own guidances: drop --guidance")
-
-
-def sweep(drawing: Drawing, guidances: list[float], scorer: "Scorer", out: Path | None) -> None:
-    """Score the same seeds under each guidance, a receipt each, and write the curve with its best."""
-    eval_dir, curve = place(drawing.path, "eval"), []
-    for guidance in guidances:
-        drawn = drawing.with_settings(guidance=guidance)
-        drawn.write(drawn.folder)
-        receipt = eval_dir / f"{drawn.name}.json"
-        scores = scorer.score(drawn.folder, receipt)
-        curve.append({"guidance": guidance, "receipt": str(receipt), **{k: scores[k] for k in ("distance", "score")}})
-    best = min(curve, key=lambda point: point["distance"]["value"])
-    file = out or eval_dir / f"{drawing.name}-sweep.json"
-    with replacing(file) as part:
-        part.write_text(json.dumps({"best": best["guidance"], "curve": curve}, indent=2) + "\n")
-    print(f"\nguidance  {best['distance']['name']}")
-    for point in curve:
-        print(f"{point['guidance']:>8g}  {point['distance']['value']:.3f}{'  best' if point is best else ''}")
-    print(f"the curve: {file}")
+    if args.repeats is not None and args.grid is None:
+        raise UserError(f"--repeats {args.repeats} repeats the points of a grid: add --grid, or drop --repeats")
+    if args.repeats is not None and args.repeats < 1:
+        raise UserError(f"--repeats {args.repeats} scores nothing: write --repeats 1 or more")
+    if args.grid is not None and args.out and Path(args.out).suffix != ".json":
+        raise UserError(f"--out {args.out} is not where a grid goes, with a table and a plot beside: write a .json")
 
 
 @dataclass(frozen=True)
@@ -118,6 +108,17 @@ class Scorer:
             known.save(args.save_statistics)
             print(f"statistics of {known.n} images: {args.save_statistics}")
         return cls(extractor, reference, args.reference, args.crop, args.reconstructions)
+
+    def check(self, size: int, count: int) -> None:
+        """Find before anything is drawn what scoring `count` images of size x size would refuse.
+
+        Raises:
+            UserError: too few images, or of another size than the extractor takes; a reference of another extractor.
+        """
+        blank, reference = torch.zeros(min(count, 4), 3, size, size, dtype=torch.uint8), self.reference
+        if isinstance(reference, Features):  # a few of them: among all, neighbours take long to find
+            reference = replace(reference, features=reference.features[:4], logits=reference.logits[:4])
+        evaluate([blank], reference, self.extractor)
 
     def score(self, samples: Path, receipt: Path) -> dict[str, Any]:
         """Score the images at `samples`, print the scores, write the receipt.
@@ -167,14 +168,6 @@ def open_samples(path: Path) -> tuple[Images, Tensor | None, dict[str, Any] | No
         raise UserError(f"{path} holds {images.count} of {record['count']} samples: `mixar sample` draws the rest")
     stems = sorted(file.stem for file in path.glob("*.png"))  # in the order of the images
     return images, torch.tensor([int(stem.rpartition("-")[2]) for stem in stems]), record
-
-
-def parse_guidances(text: str) -> list[float]:
-    """`1,2,3.5` as numbers. UserError where it is none."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"--sweep-guidance {text} is no list of numbers: write such as 1,2,3,4") from None
 
 
 def table(scores: dict[str, Any]) -> str:

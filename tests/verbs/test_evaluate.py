@@ -11,6 +11,7 @@ from PIL import Image
 from mixar.config import DataConfig
 from mixar.data.images import adm_crop, open_images
 from mixar.evaluation.classifier import save_classifier, train_classifier
+from mixar.verbs.grid import parse_grid
 
 
 @pytest.fixture(scope="session")
@@ -114,27 +115,11 @@ def test_crop_is_the_references(mixar, refused, run_dir, classifier, tmp_path):
     assert "drop --crop" in refused("evaluate", *samples, "--reference", tmp_path / "s.npz", "--crop", 16)
 
 
-def test_guidance_sweep(mixar, run_dir, folder, classifier):
-    command = ("evaluate", run_dir, "--count", 6, "--reference", folder, "--extractor", classifier)
-    status, said, _ = mixar(*command, "--sweep-guidance", "1,2.5")
-    assert status == 0
-    sweep = json.loads((run_dir / "eval" / "0-6-sweep.json").read_text())
-    assert [point["guidance"] for point in sweep["curve"]] == [1.0, 2.5]
-    values = {point["guidance"]: point["distance"]["value"] for point in sweep["curve"]}
-    assert values[1.0] != values[2.5] and sweep["best"] == min(values, key=values.get) and "best" in said
-    assert mixar(*command, "--guidance", "2.5")[0] == 0
-    alone = json.loads((run_dir / "eval" / "0-6-guidance-2.5.json").read_text())
-    assert alone["distance"]["value"] == pytest.approx(values[2.5])
-
-
 def test_refusals(mixar, refused, run_dir, folder, classifier, tmp_path):
     common = ("--reference", folder, "--extractor", classifier)
     assert "nothing to score" in refused("evaluate", *common)
     assert "drop one" in refused("evaluate", run_dir, "--samples", folder, *common)
-    assert "name a run" in refused("evaluate", "--samples", folder, *common, "--sweep-guidance", "1,2")
     assert "--seed" in refused("evaluate", "--samples", folder, *common, "--seed", 1)
-    assert "drop --guidance" in refused("evaluate", run_dir, *common, "--sweep-guidance", "1", "--guidance", 2)
-    assert "write such as 1,2,3,4" in refused("evaluate", run_dir, *common, "--sweep-guidance", "low")
     assert "--steps 0" in refused("evaluate", run_dir, *common, "--steps", 0)
     assert "nowhere" in refused("evaluate", "--samples", folder, "--reference", "nowhere", "--extractor", classifier)
     assert "nowhere" in refused("evaluate", "--samples", "nowhere", *common)
@@ -142,3 +127,141 @@ def test_refusals(mixar, refused, run_dir, folder, classifier, tmp_path):
     assert mixar("sample", run_dir)[0] == 0
     (run_dir / "samples" / "0-3" / "1-1.png").unlink()
     assert "2 of 3" in refused("evaluate", "--samples", run_dir / "samples" / "0-3", *common)
+
+
+@pytest.fixture
+def grid(mixar, run_dir, folder, classifier):
+    """`grid("steps=2,3", ...)` gives the JSON, the markdown and what was printed."""
+
+    def run(*axes, count=6, flags=()):
+        command = ("evaluate", run_dir, "--count", count, "--reference", folder, "--extractor", classifier, *flags)
+        status, said, complaint = mixar(*command, "--grid", *axes)
+        assert status == 0, complaint
+        (file,) = (run_dir / "eval").glob("*-grid.json")
+        return json.loads(file.read_text()), file.with_suffix(".md").read_text(), said
+
+    return run
+
+
+def settings_of(found):
+    return [row["settings"] for row in found["rows"]]
+
+
+def test_grid_is_the_product_of_its_axes(mixar, grid, run_dir, folder, classifier):
+    found, text, said = grid("steps=2,3", "guidance=1,2.5")
+    assert settings_of(found) == [{"steps": k, "guidance": g} for k in (2, 3) for g in (1, 2.5)]
+    assert found["count"] == 6 and found["extractor"].startswith("classifier:") and found["environment"]["host"]
+    names = [f"0-6-steps-{k}-guidance-{g}" for k in (2, 3) for g in (1.0, 2.5)]
+    assert sorted(path.name for path in (run_dir / "samples").iterdir()) == names
+    for row, name in zip(found["rows"], names):
+        receipt = json.loads((run_dir / "eval" / f"{name}.json").read_text())
+        assert row["receipts"] == [str(run_dir / "eval" / f"{name}.json")]
+        assert row["distance"]["mean"] == receipt["distance"]["value"] and row["accuracy"] == receipt["accuracy"]
+        assert row["score"]["mean"] == receipt["score"]["mean"]
+        assert row["distance"]["lowest"] == row["distance"]["highest"] == row["distance"]["mean"]
+        assert row["seconds"] > 0 and row["timed"] == 6
+    # the table has every row, the best one marked
+    lines = text.strip().splitlines()
+    assert len(lines) == 6 and text in said and lines[0].split(" | ")[0].endswith("steps")
+    best = min(found["rows"], key=lambda row: row["distance"]["mean"])
+    (marked,) = [line for line in lines if "best" in line]
+    cells = [cell.strip() for cell in marked.split("|")]
+    assert cells[1:3] == [str(best["settings"][name]) for name in ("steps", "guidance")]
+    picture = Image.open(run_dir / "eval" / "0-6-grid.png")
+    assert picture.size == (1800, 1200) and len(picture.getcolors(1 << 20)) > 10
+    # the samples are those that the flags draw
+    alone = ("--count", 6, "--steps", 2, "--guidance", 2.5)
+    status, said, _ = mixar("evaluate", run_dir, *alone, "--reference", folder, "--extractor", classifier)
+    again = json.loads((run_dir / "eval" / "0-6-steps-2-guidance-2.5.json").read_text())
+    assert status == 0 and again["distance"]["value"] == found["rows"][1]["distance"]["mean"]
+
+
+def test_presets_are_rows(grid, run_dir):
+    found, text, _ = grid("preset=fast,fastest", "steps=2", flags=("--diffusion-start", 900))
+    assert settings_of(found) == [{"preset": "fast", "steps": 2}, {"preset": "fastest", "steps": 2}]
+    sampling = [row["sampling"] for row in found["rows"]]
+    assert [how["order"] for how in sampling] == ["random", "checkerboard"]
+    assert all(how["steps"] == 2 and how["solver"] == "dpm" and how["diffusion_start"] == 900 for how in sampling)
+    assert (run_dir / "samples" / "0-6-fast-steps-2-diffusion_start-900").is_dir() and "| fastest" in text
+
+
+def test_default_grid():
+    points = parse_grid([], [])
+    assert len(points) == 27 + 3 and points[0] == {"steps": 4, "diffusion_steps": "4", "prior_steps": 4}
+    assert points[-3:] == [{"preset": "exact"}, {"preset": "fast"}, {"preset": "fastest"}]
+
+
+def test_repeats_take_other_seeds(grid, run_dir):
+    found, text, _ = grid("steps=2", flags=("--repeats", 3, "--seed", 10))
+    (row,) = found["rows"]
+    values = []
+    for first in (10, 16, 22):
+        drawn = (run_dir / "samples" / f"{first}-6-steps-2").glob("*.png")
+        assert sorted(int(file.stem.split("-")[0]) for file in drawn) == list(range(first, first + 6))
+        values.append(json.loads((run_dir / "eval" / f"{first}-6-steps-2.json").read_text())["distance"]["value"])
+    assert row["repeats"] == 3 and row["timed"] == 18 and row["distance"]["mean"] == pytest.approx(np.mean(values))
+    assert row["distance"]["lowest"] == min(values) < row["distance"]["highest"] == max(values)
+    assert "lowest" in text and f"{max(values):.3f}" in text
+
+
+def test_grid_goes_on_where_it_stopped(grid, run_dir):
+    found, _, _ = grid("steps=2,3")
+    file, samples = run_dir / "eval" / "0-6-grid.json", run_dir / "samples"
+    kept, lost = found["rows"]
+    file.write_text(json.dumps(found | {"rows": [kept]}))
+    for name in ("1-1.png", "5-2.png"):
+        (samples / "0-6-steps-3" / name).unlink()
+    shutil.rmtree(samples / "0-6-steps-2")  # is not looked at any more
+    before = (samples / "0-6-steps-3" / "0-0.png").stat().st_mtime_ns
+    again, text, said = grid("steps=2,3")
+    assert again["rows"][0] == kept and not (samples / "0-6-steps-2").exists()
+    assert "[2/2] steps=3" in said and "[1/2]" not in said and len(text.strip().splitlines()) == 4
+    assert again["rows"][1]["distance"]["mean"] == pytest.approx(lost["distance"]["mean"], rel=1e-3)
+    assert again["rows"][1]["timed"] == 4  # a batch, though two images were missing
+    assert (samples / "0-6-steps-3" / "0-0.png").stat().st_mtime_ns == before
+    # other points and repeats come to those that are there; the table shows what was asked for
+    more, text, _ = grid("steps=3", flags=("--repeats", 2))
+    assert more["rows"][:2] == again["rows"] and more["rows"][2]["repeats"] == 2
+    assert len(text.strip().splitlines()) == 3
+
+
+def test_grid_refusals(mixar, refused, run_dir, folder, classifier, tmp_path, make_pipeline):
+    common = ("--reference", folder, "--extractor", classifier)
+    run = ("evaluate", run_dir, *common, "--count", 6)
+    assert "name it before --grid" in refused("evaluate", *common, "--grid", "steps=2")
+    assert "name it before --grid" in refused("evaluate", "--samples", folder, *common, "--grid", "steps=2")
+    assert "name the run before --grid" in refused("evaluate", run_dir, *common, "--grid", "somewhere")
+    assert "no axis 'step'. Did you mean 'steps'?" in refused(*run, "--grid", "step=2")
+    assert "Known: preset, steps" in refused(*run, "--grid", "seed=1,2")
+    assert "--grid steps=few is not a whole number" in refused(*run, "--grid", "steps=2,few")
+    assert "--grid steps=0 is out of range" in refused(*run, "--grid", "steps=2,0")
+    assert "--grid guidance= is not a number" in refused(*run, "--grid", "guidance=1,,2")
+    assert "--grid solver=dmp is not known: write one of ddpm, dpm" in refused(*run, "--grid", "solver=dmp")
+    assert "--grid preset=slow is not known: write one of exact" in refused(*run, "--grid", "preset=slow")
+    assert "--grid diffusion_steps=many is no respacing" in refused(*run, "--grid", "diffusion_steps=many")
+    assert "the axis steps twice" in refused(*run, "--grid", "steps=2", "steps=3")
+    assert "drop --steps" in refused(*run, "--steps", 8, "--grid", "steps=4,8")
+    assert "name the axes" in refused(*run, "--preset", "fast", "--grid")
+    assert "write --repeats 1 or more" in refused(*run, "--grid", "steps=2", "--repeats", 0)
+    assert "add --grid" in refused(*run, "--repeats", 2)
+    assert "write a .json" in refused(*run, "--grid", "steps=2", "--out", tmp_path / "grid.png")
+    said = refused(*run, "--grid", "solver=ddpm,dpm", "diffusion_steps=1,2")
+    assert "--grid at solver=dpm diffusion_steps=1: solver=dpm needs at least 2" in said
+    assert "--grid at prior_steps=200: 200 prior steps" in refused(*run, "--grid", "prior_steps=2,200")
+    assert "diffusion_steps=9: a section of 6" in refused(*run, "--diffusion-start", 5, "--grid", "diffusion_steps=2,9")
+    assert "0..2" in refused(*run, "--labels", "3", "--grid", "steps=2")
+    assert "2 or more" in refused("evaluate", run_dir, *common, "--count", 1, "--grid", "steps=2")
+    make_pipeline("none").save_pretrained(tmp_path / "plain")
+    assert "no prior" in refused("evaluate", tmp_path / "plain", *common, "--grid")
+    (run_dir / "eval").mkdir()
+    (run_dir / "eval" / "0-6-grid.json").write_text("[]")
+    assert "holds no grid" in refused(*run, "--grid", "steps=2")
+    assert not (run_dir / "samples").exists() and not (tmp_path / "plain-samples").exists()  # all before any is drawn
+    # rows and samples of others are not mixed with one's own
+    (run_dir / "eval" / "0-6-grid.json").unlink()
+    assert mixar(*run, "--grid", "steps=2")[0] == 0
+    other = ("--reference", run_dir / "samples" / "0-6-steps-2", "--extractor", classifier, "--count", 6)
+    assert "rows of other reference" in refused("evaluate", run_dir, *other, "--grid", "steps=3")
+    assert mixar("sample", run_dir, "--count", 6, "--out", run_dir / "samples" / "0-6-steps-3")[0] == 0
+    assert "holds samples of other sampling" in refused(*run, "--grid", "steps=4,3")
+    assert not (run_dir / "samples" / "0-6-steps-4").exists()
