@@ -1,23 +1,41 @@
 """`make bench`: each row is a ratio of two things timed in turn in this process, so that the machine cancels out.
 
-Width 384, 6+6 blocks, head 3 x 512, token dim 32, 256 positions, batch 8. Operators are held against the composition of
-torch's own, at their sizes in training; their rows end with the bytes that each allocates at once, over those of the
-output. Writes bench.json.
+Width 384, 6+6 blocks, head 3 x 512, token dim 32, 256 positions, batch 8, dropout 0.1; `reference` is the algorithm as
+benchmarks/reference.py writes it down. Operators are held against the composition of torch's own, at their sizes in
+training; their rows end with the bytes that each allocates at once, over those of the output. On a GPU, the paper's
+models follow, with images/s and the share of the card's FLOP/s that the model's own FLOP come to. Writes bench.json.
 """
 
 import argparse
 import itertools
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
+from reference import MAR, Training
+from streaming import MDSWriter
 
 from mixar import draws
 from mixar.checkpoint import environment
-from mixar.config import GUIDANCES, Config, MaskConfig, ModelConfig, TrainConfig
+from mixar.config import (
+    GUIDANCES,
+    PRESETS,
+    Config,
+    MaskConfig,
+    ModelConfig,
+    PriorConfig,
+    SampleConfig,
+    TrainConfig,
+    load_config,
+)
+from mixar.data.loader import Loader
+from mixar.data.parts import HASH
+from mixar.data.shards import ShardSource
 from mixar.dist import Place, find
 from mixar.draws import Stream
 from mixar.engine import build_engine
@@ -27,28 +45,33 @@ from mixar.objectives.base import mean_of
 from mixar.ops import mix_gather, timestep_embed
 from mixar.ops.mix_gather import reference as mix_gather_reference
 from mixar.ops.timestep_embed import reference as timestep_reference
+from mixar.plan import CARDS, make_plan
+from mixar.prior import Prior, keyed_draws, sample_codes
+from mixar.sampling import sample_tokens
+from mixar.sampling.autoregressive import compiled_predict, predict
 
-BATCH, N, C, MUL = 8, 256, 32, 4
+CONFIGS = Path(__file__).parents[1] / "configs"
+BATCH, N, C, WIDTH, BLOCKS, HEADS, HEAD = 8, 256, 32, 384, 6, 6, (3, 512)
 Work = Callable[[], object]
 
 
 def config_of(guidance: str) -> ModelConfig:
-    sizes = {"encoder_width": 384, "encoder_depth": 6, "encoder_heads": 6}
+    sizes = {"encoder_width": WIDTH, "encoder_depth": BLOCKS, "encoder_heads": HEADS}
     return ModelConfig(
-        guidance=guidance, latent_channels=C, code_bits=14, classes=1000, dropout=0.1, head_depth=3, head_width=512,
-        **sizes, **{name.replace("encoder", "decoder"): value for name, value in sizes.items()},
+        guidance=guidance, latent_channels=C, code_bits=14, classes=1000, dropout=0.1, head_depth=HEAD[0],
+        head_width=HEAD[1], **sizes, **{name.replace("encoder", "decoder"): value for name, value in sizes.items()},
     )  # fmt: skip
 
 
 class FixedData:
     """MixAR on data that never change, all draws included."""
 
-    def __init__(self, cfg: ModelConfig, device: torch.device) -> None:
-        self.cfg, self.index = cfg, torch.arange(BATCH, device=device)
-        self.tokens = draws.normal(0, Stream.POSTERIOR, self.index, N, C)
-        codes = draws.bits(0, Stream.PRIOR_TOKEN, self.index, N) & (2**14 - 1)
+    def __init__(self, cfg: ModelConfig, images: int, device: torch.device) -> None:
+        self.cfg, self.index = cfg, torch.arange(images, device=device)
+        self.tokens = draws.normal(0, Stream.POSTERIOR, self.index, cfg.tokens, cfg.token_dim)
+        codes = draws.bits(0, Stream.PRIOR_TOKEN, self.index, cfg.tokens) & (2**cfg.code_bits - 1)
         self.codes = None if cfg.guidance == "none" else codes
-        self.counts = sorted(masked_counts(MaskConfig(group=BATCH), N, 0, range(BATCH), BATCH))
+        self.counts = sorted(masked_counts(MaskConfig(group=BATCH), cfg.tokens, 0, range(images), images))
 
     def build(self) -> torch.nn.Module:
         return MixAR(self.cfg)
@@ -60,20 +83,79 @@ class FixedData:
         return parameter.ndim > 1
 
     def loss(self, model, batch, epoch):
-        index, rows = self.index, sum(self.counts)
-        masking = Masking.from_order(draws.permutation(0, Stream.MASK_ORDER, index, N), self.counts)
-        t = (draws.uniform(0, Stream.TIMESTEP, index[:1], MUL, rows)[0] * 1000).long()
-        noise = draws.normal(0, Stream.NOISE, index[:1], MUL, rows, C)[0]
+        index, rows, mul = self.index, sum(self.counts), self.cfg.diffusion_batch_mul
+        masking = Masking.from_order(draws.permutation(0, Stream.MASK_ORDER, index, self.cfg.tokens), self.counts)
+        t = (draws.uniform(0, Stream.TIMESTEP, index[:1], mul, rows)[0] * 1000).long()
+        noise = draws.normal(0, Stream.NOISE, index[:1], mul, rows, self.cfg.token_dim)[0]
         value = model(self.tokens, index, masking, self.codes, t, noise, keys=index).loss
         return value, {"loss": mean_of(value)}
 
 
-def training_step(guidance: str, precision: str) -> Work:
+def training_step(cfg: Config, images: int = BATCH) -> Work:
     """One optimizer step."""
     place = Place(0, 1, find().device)
-    cfg = Config(model=config_of(guidance), train=TrainConfig(precision=precision))
-    engine = build_engine(cfg, FixedData(cfg.model, place.device), lambda epoch: 1e-4, place, Path())
+    engine = build_engine(cfg, FixedData(cfg.model, images, place.device), lambda epoch: 1e-4, place, Path())
     return lambda: engine.step([None], 0.0).loss.item()
+
+
+def small_step(guidance: str, precision: str) -> Work:
+    """One optimizer step of the small model."""
+    return training_step(Config(model=config_of(guidance), train=TrainConfig(precision=precision)))
+
+
+def reference_model() -> MAR:
+    model = MixAR(config_of("none"))
+    init_weights(model, 0)
+    reference = MAR(WIDTH, BLOCKS, HEADS, *HEAD, C)
+    reference.load_state_dict(model.state_dict())
+    return reference.to(find().device)
+
+
+def reference_step() -> Work:
+    """One optimizer step of the reference, in float32."""
+    training, device = Training(reference_model()), find().device
+    tokens, labels = torch.randn(BATCH, N, C, device=device), torch.arange(BATCH, device=device)
+    return lambda: training.step(tokens, labels)
+
+
+def reference_sampling(steps: int, diffusion_steps: int) -> Work:
+    """Tokens of a batch by the reference, with guidance, in float32."""
+    model, labels = reference_model().eval(), torch.arange(BATCH, device=find().device)
+    return lambda: model.sample(labels, steps, diffusion_steps, 3.0)[0, 0, 0].item()
+
+
+def sampling(settings: SampleConfig, precision: str = "fp32", compiled: bool = False, guidance: str = "none") -> Work:
+    """Tokens of a batch, for a guidance by discrete tokens with those before them."""
+    device = find().device
+    with torch.device(device):
+        model, prior = MixAR(config_of(guidance)).eval(), None
+        if guidance != "none":
+            prior = Prior(PriorConfig(width=WIDTH, depth=BLOCKS, heads=HEADS, mlp_width=4 * WIDTH, bits=14)).eval()
+    init_weights(model, 0)
+    seeds, run = torch.arange(BATCH, device=device), compiled_predict(device) if compiled else predict
+
+    def work() -> float:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            codes = None
+            if prior is not None:
+                codes = sample_codes(prior, seeds, settings, *keyed_draws(seeds, N, prior.config.splits))
+            return sample_tokens(model, seeds, codes, seeds, settings, run)[0, 0, 0].item()
+
+    return work
+
+
+def loading(folder: str) -> Work:
+    """The next batch of a loader over shards of the model's sizes."""
+    columns = {"moments": f"ndarray:float16:2,{2 * C},16,16", "codes": f"ndarray:uint16:2,{N}"}
+    columns |= {"label": "int", "key": "str"}
+    source = np.random.default_rng(0)
+    with MDSWriter(out=folder, columns=columns, hashes=[HASH]) as writer:
+        for i in range(512):
+            moments = source.standard_normal((2, 2 * C, 16, 16)).astype(np.float16)
+            codes = source.integers(2**14, size=(2, N), dtype=np.uint16)
+            writer.write({"moments": moments, "codes": codes, "label": i, "key": str(i)})
+    batches = iter(Loader(ShardSource(folder), 0, BATCH, BATCH, 0, 1, workers=1, flip=True))
+    return lambda: next(batches).to(find().device)
 
 
 def head_pass(rows: int) -> Work:
@@ -81,7 +163,7 @@ def head_pass(rows: int) -> Work:
     model = MixAR(config_of("none"))
     init_weights(model, 0)
     model.to(find().device)
-    x, z = torch.randn(rows, C, device=find().device), torch.randn(rows, 384, device=find().device)
+    x, z = torch.randn(rows, C, device=find().device), torch.randn(rows, WIDTH, device=find().device)
     t = torch.randint(0, 1000, (rows,), device=find().device)
 
     def work() -> float:
@@ -141,7 +223,7 @@ def peak(work: Work) -> int:
 def operator_rows(rounds: int) -> list[dict]:
     """Time and peak memory of each compiled operator over its composition; peaks also over the output's size."""
     rows = []
-    for batch, width in ((32, 1024), (BATCH, 384)):
+    for batch, width in ((32, 1024), (BATCH, WIDTH)):
         output = 4 * batch * (64 + N) * width
         for direction, works in mix_gather_passes(batch, width).items():
             row = ratio(f"mix_gather {direction}: compiled / composed, {batch} x {width}", *works, rounds)
@@ -155,16 +237,48 @@ def operator_rows(rounds: int) -> list[dict]:
     return rows
 
 
-def ratio(name: str, numerator: Work, denominator: Work, rounds: int) -> dict:
-    """Time of `numerator` over time of `denominator`, timed in turn; the median and the range over the rounds."""
+def model_rows(rounds: int) -> list[dict]:
+    """The paper's models on this GPU: images/s and the share of its FLOP/s in bf16, one step after the other."""
+    device = find().device
+    if device.type != "cuda":
+        return []
+    card = next((card for name, card in CARDS.items() if name in torch.cuda.get_device_name(device).lower()), None)
+    rows = []
+    for name in ("mixar_b", "mixar_l", "mixar_h"):
+        cfg = load_config(CONFIGS / f"{name}.yaml", ["engine.name=ddp", "engine.compile=true"])
+        images = cfg.train.micro_batch or BATCH
+        step, found = training_step(cfg, images), []
+        step(), step()
+        for _ in range(rounds):
+            begun = time.perf_counter()
+            step()
+            found.append(images / (time.perf_counter() - begun))
+        rate = statistics.median(found)
+        row = {"row": f"step: {name}, {images} images", "images/s": rate, "low": min(found), "high": max(found)}
+        if card is not None:
+            row["mfu"] = rate * make_plan(cfg)["flops"]["total"] / card.bf16
+        print(f"{row['row']:55} {rate:6.0f} images/s   MFU {row.get('mfu', float('nan')):.1%}", flush=True)
+        rows.append(row)
+        del step
+        torch.cuda.empty_cache()
+    return rows
+
+
+def ratio(name: str, numerator: Work, denominator: Work, rounds: int, times: int = 1) -> dict:
+    """Time of `numerator` over time of `denominator`, timed in turn; the median and the range over the rounds.
+
+    Args:
+        times: the numerator runs so often in a round, and counts by its mean.
+    """
     numerator(), denominator()
     found = []
     for _ in range(rounds):
         seconds = []
-        for work in (numerator, denominator):
+        for work, count in ((numerator, times), (denominator, 1)):
             begun = time.perf_counter()
-            work()
-            seconds.append(time.perf_counter() - begun)
+            for _ in range(count):
+                work()
+            seconds.append((time.perf_counter() - begun) / count)
         found.append(seconds[0] / seconds[1])
     row = {"row": name, "ratio": statistics.median(found), "low": min(found), "high": max(found), "rounds": rounds}
     print(f"{name:55} {row['ratio']:6.2f}   {row['low']:.2f} to {row['high']:.2f}", flush=True)
@@ -172,17 +286,34 @@ def ratio(name: str, numerator: Work, denominator: Work, rounds: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7, help="of each row; sampling, which takes long, has at most 3")
     parser.add_argument("--out", type=Path, default=Path("bench.json"))
     args = parser.parse_args()
-    print(f"{'time of ... over time of ...':55} {'median':>6}   range over {args.rounds} rounds")
-    plain = training_step("none", "fp32")
-    rows = [ratio(f"step: {g} / none, fp32", training_step(g, "fp32"), plain, args.rounds) for g in GUIDANCES[1:]]
-    rows.append(ratio("step: fp32 / bf16, none", plain, training_step("none", "bf16"), args.rounds))
+    rounds, few = args.rounds, min(args.rounds, 3)
+    print(f"{'time of ... over time of ...':55} {'median':>6}   range over {rounds} rounds, {few} of sampling")
+    plain, half, rows = small_step("none", "fp32"), small_step("none", "bf16"), []
+    for guidance in GUIDANCES[1:]:
+        rows.append(ratio(f"step: {guidance} / none, fp32", small_step(guidance, "fp32"), plain, rounds))
+    rows.append(ratio("step: fp32 / bf16, none", plain, half, rounds))
+    reference = reference_step()
+    rows.append(ratio("step: reference / ours, fp32", reference, plain, rounds))
+    rows.append(ratio("step: reference / ours in bf16", reference, half, rounds))
+    with tempfile.TemporaryDirectory() as folder:
+        rows.append(ratio("batch: loader, one worker / step in bf16", loading(folder), half, rounds, times=64))
     masked = round(0.867 * N) * BATCH
-    rows.append(ratio("head: all rows / masked rows, fp32", head_pass(N * BATCH), head_pass(masked), args.rounds))
-    rows += operator_rows(args.rounds)
+    rows.append(ratio("head: all rows / masked rows, fp32", head_pass(N * BATCH), head_pass(masked), rounds))
+    rows += operator_rows(rounds)
+    slow, short = reference_sampling(8, 25), SampleConfig(steps=8, diffusion_steps="25")
+    for precision in ("fp32", "bf16"):
+        for name, compiled in (("", False), (", compiled", True)):
+            ours = sampling(short, precision, compiled)
+            rows.append(ratio(f"sampling 8 x 25: reference / exact in {precision}{name}", slow, ours, few))
+    exact = sampling(SampleConfig(), "bf16", guidance="dc_mix")
+    for preset in ("fast", "fastest"):
+        ours = sampling(SampleConfig(**PRESETS[preset]), "bf16", guidance="dc_mix")
+        rows.append(ratio(f"sampling, with the prior: exact / {preset}, bf16", exact, ours, few))
+    rows += model_rows(rounds)
     args.out.write_text(json.dumps({"rows": rows, "environment": environment()}, indent=2) + "\n")
 
 
