@@ -26,11 +26,12 @@ from mixar.errors import UserError
 from mixar.mixing import masked_counts
 from mixar.model import MixAR, attention
 from mixar.model.attention import attend
+from mixar.model.diffusion import STEPS
 from mixar.objectives import MixARObjective
 from mixar.plan import CARDS, make_plan, render
 from mixar.plan.activations import activation_bytes
-from mixar.plan.engines import DEEPSPEED_BUCKET, Layout, lay_out
-from mixar.plan.work import Tokens, matrices, mean_tokens, prior_flops, prior_share, training_flops
+from mixar.plan.engines import DEEPSPEED_BUCKET, Layout, Sizes, images_a_rank
+from mixar.plan.work import FIRST, Tokens, matrices, mean_tokens, prior_flops, prior_share, training_flops
 from mixar.prior import Prior
 from mixar.weights import write_export
 
@@ -78,13 +79,13 @@ def batch_of(cfg: Config, images: int) -> Batch:
 
 
 def tokens_of(cfg: Config, images: int = 16) -> Tokens:
-    """Of the very images that `batch_of` gives."""
+    """Of the very images that `batch_of` gives, in one pass."""
     counts = masked_counts(cfg.mask, cfg.model.tokens, cfg.seed, range(images), cfg.train.batch)
-    return Tokens.of(cfg.model, [cfg.model.tokens - count for count in counts])
+    return Tokens.of(cfg.model, [cfg.model.tokens - count for count in counts], images)
 
 
 def layout_of(cfg: Config, gpus: int = 1) -> Layout:
-    return lay_out(cfg, on_meta(cfg), tokens_of(cfg), 0, gpus)
+    return Layout(cfg, gpus, Sizes.of(on_meta(cfg)), tokens_of(cfg, images_a_rank(cfg, gpus)), 0)
 
 
 @pytest.fixture
@@ -115,17 +116,28 @@ def kept(cfg: Config, images: int) -> int:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    ("sizes", "guidance"), [(TINY, "dc_mix"), *((MIDDLE, guidance) for guidance in GUIDANCES)],
-    ids=["tiny", *GUIDANCES],
+    ("sizes", "guidance", "separable"),
+    [(TINY, "dc_mix", False), (TINY, "dc_mix", True), *((MIDDLE, name, False) for name in GUIDANCES),
+     (MIDDLE, "dc_mix", True)],
+    ids=["tiny", "tiny-separable", *GUIDANCES, "separable"],
 )  # fmt: skip
-def test_activations_are_what_autograd_keeps(sizes: list[str], guidance: str, precision: str, as_on_cuda) -> None:
-    cfg = config(*sizes, f"model.guidance={guidance}", f"train.precision={precision}")
+def test_activations_are_what_autograd_keeps(
+    sizes: list[str], guidance: str, separable: bool, precision: str, as_on_cuda
+) -> None:
+    cfg = config(*sizes, f"model.guidance={guidance}", f"model.separable_adaln={separable}".lower(),
+                 f"train.precision={precision}")  # fmt: skip
+
+    def planned(images: int) -> float:
+        return images * sum(activation_bytes(cfg.model, tokens_of(cfg, images), precision, "none").values())
+
     one, two = kept(cfg, 16), kept(cfg, 32)
-    planned = sum(activation_bytes(cfg.model, tokens_of(cfg), precision, "none").values())
-    assert planned == pytest.approx((two - one) / 16, rel=0.01)
-    # what does not grow with the batch are autocast's copies of the matrices; a tiny head's time features outweigh them
-    copies = 2 * sum(matrices(on_meta(cfg)).values()) if precision == "bf16" else 0
-    assert 2 * one - two == pytest.approx(copies, rel=0.05 if sizes is MIDDLE else 0.5, abs=2000)
+    assert planned(32) - planned(16) == pytest.approx(two - one, rel=0.01)
+    # what does not grow with the batch beyond the plan are autocast's copies of the matrices that a gradient flows
+    # through; the final map stays in float32
+    uncopied = (*FIRST, "diffloss.net.final_layer.linear.")
+    copied = [size for name, size in matrices(on_meta(cfg)).items() if not name.startswith(uncopied)]
+    copies = 2 * sum(copied) if precision == "bf16" else 0
+    assert 2 * (one - planned(16)) - (two - planned(32)) == pytest.approx(copies, rel=0.001, abs=10)
 
 
 def test_states_are_what_an_engine_holds_and_their_sum_bounds_a_step(tmp_path: Path, as_on_cuda) -> None:
@@ -186,16 +198,20 @@ def peak_of(work: Callable[[], Any]) -> int:
     return peak
 
 
+@pytest.mark.parametrize("images", [16, 32], ids=["few-rows", "more-rows-than-timesteps"])
+@pytest.mark.parametrize("separable", ["false", "true"])
 @pytest.mark.parametrize("guidance", GUIDANCES)
-def test_flops_are_those_of_a_real_step(guidance: str) -> None:
+def test_flops_are_those_of_a_real_step(guidance: str, separable: str, images: int) -> None:
     cfg = config(*TINY, f"model.guidance={guidance}", "model.decoder_width=48", "model.decoder_heads=3",
-                 "model.dropout=0")  # fmt: skip
+                 "model.decoder_depth=2", "model.dropout=0", f"model.separable_adaln={separable}")  # fmt: skip
     objective, model = objective_of(cfg)
     assert isinstance(model, MixAR)
     # the counter does not know the CPU's fused attention
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        objective.loss(model, batch_of(cfg, 16), 0.0)[0].backward()
-    planned = 16 * sum(training_flops(model, tokens_of(cfg)).values())
+        objective.loss(model, batch_of(cfg, images), 0.0)[0].backward()
+    tokens = tokens_of(cfg, images)
+    assert (images * tokens.rows > STEPS) == (images == 32), "both sides of the table of timesteps"
+    planned = images * sum(training_flops(model, tokens).values())
     assert counter.get_total_flops() == pytest.approx(planned, rel=1e-9)
 
 
@@ -208,11 +224,15 @@ def test_the_prior_s_flops_are_those_of_a_real_forward() -> None:
     assert counter.get_total_flops() == 2 * prior_flops(prior)
 
 
-@pytest.mark.parametrize(("name", "tera"), [("mixar_b", 0.413), ("mixar_l", 1.326), ("mixar_h", 1.820)])
-def test_flops_of_the_paper_s_models(name: str, tera: float) -> None:
-    plan = make_plan(paper(name))
-    assert plan["flops"]["total"] / 1e12 == pytest.approx(tera, rel=0.01)
-    assert mean_tokens(paper(name)).masked / 256 == pytest.approx(0.867, abs=0.003)
+# MAR's own step computes the last decoder block for all tokens, and embeds condition and timestep of every row. Ours
+# spares the unmasked tokens there, 3 of 4 conditions, and timesteps beyond 1000 a pass: 0.400, 1.300 and 1.789 are left
+@pytest.mark.parametrize(
+    ("name", "mar", "spared"), [("mixar_b", 0.413, 0.013), ("mixar_l", 1.326, 0.026), ("mixar_h", 1.820, 0.031)]
+)
+def test_flops_of_the_paper_s_models(name: str, mar: float, spared: float) -> None:
+    cfg = paper(name)
+    assert make_plan(cfg)["flops"]["total"] / 1e12 == pytest.approx(mar - spared, rel=0.01)
+    assert mean_tokens(cfg, images=1).masked / 256 == pytest.approx(0.867, abs=0.003)
 
 
 def test_recomputing_runs_its_blocks_forward_once_more() -> None:
@@ -330,7 +350,8 @@ def test_only_mixar_is_laid_out() -> None:
 
 
 def test_what_does_not_fit_is_told_with_what_would() -> None:
-    cfg = paper("mixar_h", "train.micro_batch=64")
+    crowded = ["train.batch=2560", "train.micro_batch=80", "mask.group=16"]
+    cfg = paper("mixar_h", *crowded)
     plan = make_plan(cfg, gpus=8)
     ddp = plan["engines"]["ddp"]
     assert not ddp["fits"] and "images_per_second" not in ddp and plan["engines"]["fsdp"]["fits"]
@@ -339,7 +360,7 @@ def test_what_does_not_fit_is_told_with_what_would() -> None:
     mends = re.findall(r"\S+=\S+", next(line for line in told.splitlines() if "ddp would fit with" in line))
     assert {mend.split("=")[0] for mend in mends} == {"train.micro_batch", "engine.recompute", "engine.name"}
     for mend in mends:
-        mended = make_plan(paper("mixar_h", "train.micro_batch=64", mend), gpus=8)
+        mended = make_plan(paper("mixar_h", *crowded, mend), gpus=8)
         assert mended["engines"][mended["chosen"]["torchrun"] if "name" in mend else "ddp"]["fits"], mend
     assert make_plan(cfg, gpus=8, card="h200")["engines"]["ddp"]["fits"]
 

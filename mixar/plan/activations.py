@@ -20,46 +20,57 @@ def activation_bytes(cfg: ModelConfig, tokens: Tokens, precision: str, recompute
     e = 2 if precision == "bf16" else 4
     enc, dec, w = cfg.encoder_width, cfg.decoder_width, cfg.head_width
 
-    encoder = _block(cfg, enc, cfg.encoder_heads, tokens.encoder, e)
-    decoder = _block(cfg, dec, cfg.decoder_heads, tokens.decoder, e)
-    # silu(y), shift | scale | gate, 1 + scale, input of the first linear, of silu, of the second linear, its output
-    residual = tokens.rows * (9 * e * w + 2 * _F32 * w + _STATISTICS)  # and the norm's input and output
+    encoder = _block(cfg, enc, cfg.encoder_heads, tokens.encoder, tokens.encoder, e)
+    decoder = _block(cfg, dec, cfg.decoder_heads, tokens.decoder, tokens.decoder, e)
+    last = _block(cfg, dec, cfg.decoder_heads, tokens.decoder, tokens.masked, e)
+    last += tokens.masked * e * dec  # the queries that it picks
+    # shift | scale | gate, input of the first linear, of silu, of the second linear, its output
+    residual = tokens.rows * (7 * e * w + 2 * _F32 * w + _STATISTICS)  # and the norm's input and output
     again = []
     if recompute in ("backbone", "all"):
         again += [encoder, decoder]
         encoder, decoder = _F32 * enc * tokens.encoder, _F32 * dec * tokens.decoder
+        last = decoder
     if recompute in ("head", "all"):
         again += [residual]
         residual = tokens.rows * e * w
 
     backbone = (
         cfg.encoder_depth * encoder
-        + cfg.decoder_depth * decoder
+        + (cfg.decoder_depth - 1) * decoder
+        + last
         + cfg.tokens * e * cfg.token_dim  # input of z_proj
         + tokens.encoder * (2 * (_F32 * enc + _STATISTICS) + e * enc)  # z_proj_ln, encoder_norm, input of decoder_embed
         + tokens.masked * (_F32 * dec + _STATISTICS)  # decoder_norm
         + _memory(cfg, e)
     )
-    inputs = e * (cfg.token_dim + dec + TimestepEmbedder.features + 2 * w) + e * w  # of the embeddings; their sum y
-    final = 2 * e * w + 3 * _F32 * w + _STATISTICS
-    # the loss, in float32: 13 values and two flags a channel, 14 values a row
-    loss = (13 * _F32 + 2) * cfg.token_dim + 14 * _F32
-    head = cfg.head_depth * residual + tokens.rows * (inputs + final + loss)
+    # inputs of the time MLP's maps and of its silu, and of the condition's map; input and output of the silu after them
+    embedded = tokens.times * e * (TimestepEmbedder.features + 2 * w) + tokens.masked * e * dec
+    embedded += (tokens.masked + tokens.times if cfg.separable_adaln else tokens.rows) * 2 * e * w
+    final = 2 * e * w + 3 * _F32 * w + _STATISTICS  # shift | scale; the norm's input and output, input of the linear
+    # the loss, in float32: 13 values and two flags a channel; 8 coefficients, a flag and the timestep (int64) a row
+    loss = (13 * _F32 + 2) * cfg.token_dim + 8 * _F32 + 1 + 8
+    head = cfg.head_depth * residual + embedded + tokens.rows * (e * cfg.token_dim + final + loss)
     return {"backbone": backbone, "head": head, "again": max(again, default=0.0)}
 
 
-def _block(cfg: ModelConfig, width: int, heads: int, tokens: float, e: int) -> float:
-    """Bytes an image of a backbone block on `tokens` tokens, `e` bytes a value of autocast's dtype."""
+def _block(cfg: ModelConfig, width: int, heads: int, tokens: float, wanted: float, e: int) -> float:
+    """Bytes an image of a backbone block on `tokens` tokens, `e` bytes a value of autocast's dtype.
+
+    Args:
+        wanted: the tokens that it returns.
+    """
     mask = int(cfg.dropout > 0)
     hidden = int(width * cfg.mlp_ratio)
-    norms = 2 * (_F32 * width + _STATISTICS) + 2 * e * width
+    norm = _F32 * width + _STATISTICS + e * width
     attended = 2 * e * width + _F32 * heads + mask * width  # output, the same packed, log-sum-exp, dropout mask
-    bytes_a_token = norms + 3 * e * width + attended + 2 * e * hidden + mask * (hidden + width)
+    kept = tokens * (norm + 3 * e * width)
+    kept += wanted * (attended + norm + 2 * e * hidden + mask * (hidden + width))
     if cfg.guidance != "dc_ca":
-        return tokens * bytes_a_token
-    crossed = tokens * (2 * e * width + attended) + cfg.tokens * 2 * e * width  # input and queries; keys and values
+        return kept
+    crossed = wanted * (2 * e * width + attended) + cfg.tokens * 2 * e * width  # input and queries; keys and values
     casts = cfg.tokens * 2 * e * cfg.encoder_width if e == 2 else 0  # of the memory, for keys and for values
-    return tokens * bytes_a_token + crossed + casts
+    return kept + crossed + casts
 
 
 def _memory(cfg: ModelConfig, e: int) -> float:

@@ -45,7 +45,6 @@ class Layout:
 
     cfg: Config
     gpus: int
-    micro: int  # images a rank and pass
     sizes: Sizes
     tokens: Tokens
     frozen: int  # values of the prior, 0 where the step does not run it
@@ -53,6 +52,11 @@ class Layout:
     @property
     def nodes(self) -> int:
         return math.ceil(self.gpus / GPUS_A_NODE)
+
+    @property
+    def micro(self) -> int:
+        """Images a rank and pass."""
+        return self.tokens.images
 
     @property
     def passes(self) -> int:
@@ -137,7 +141,8 @@ class Layout:
         """Changes of the config that make the engine fit the card, as text to type."""
         group = self.cfg.mask.group if self.cfg.mask.ratio_scope == "image" else 1
         smaller = [m for m in range(self.micro - 1, 0, -1) if self.micro % m == 0 and m % group == 0]
-        small = [f"train.micro_batch={m}" for m in smaller if replace(self, micro=m)._fits(engine, card)]
+        passes = {m: replace(self, tokens=replace(self.tokens, images=m)) for m in smaller}
+        small = [f"train.micro_batch={m}" for m, run in passes.items() if run._fits(engine, card)]
         recomputing = {
             parts: replace(self, cfg=replace(self.cfg, engine=replace(self.cfg.engine, recompute=parts)))
             for parts in ("head", "backbone", "all")
@@ -149,11 +154,8 @@ class Layout:
         return self.memory(engine)["total"] <= card.memory
 
 
-def lay_out(cfg: Config, model: MixAR, tokens: Tokens, frozen: int, gpus: int) -> Layout:
-    """The run on so many GPUs.
-
-    Args:
-        frozen: values of the prior, 0 where the step does not run it.
+def images_a_rank(cfg: Config, gpus: int) -> int:
+    """The micro-batch of a run on so many GPUs.
 
     Raises:
         UserError: GPUs that fill no whole nodes, or a batch that does not divide over them.
@@ -161,7 +163,7 @@ def lay_out(cfg: Config, model: MixAR, tokens: Tokens, frozen: int, gpus: int) -
     if gpus < 1 or (gpus > GPUS_A_NODE and gpus % GPUS_A_NODE):
         nodes = max(1, round(gpus / GPUS_A_NODE))
         raise UserError(f"--gpus {gpus} fills no whole nodes of {GPUS_A_NODE}: write --gpus {nodes * GPUS_A_NODE}")
-    return Layout(cfg, gpus, images_a_pass(cfg, gpus), Sizes.of(model), tokens, frozen)
+    return images_a_pass(cfg, gpus)
 
 
 def engine_plans(layout: Layout, card: Card, flops: float, steps: int | None) -> dict[str, dict[str, Any]]:

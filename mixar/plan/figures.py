@@ -11,7 +11,7 @@ from mixar.data.manifest import read_manifest
 from mixar.errors import UserError
 from mixar.model import MixAR
 from mixar.plan.cards import CARDS
-from mixar.plan.engines import engine_plans, lay_out
+from mixar.plan.engines import Layout, Sizes, engine_plans, images_a_rank
 from mixar.plan.text import assumptions
 from mixar.plan.work import mean_tokens, prior_flops, prior_share, training_flops
 from mixar.prior import Prior, load_prior
@@ -60,7 +60,8 @@ def make_plan(cfg: Config, images: int | None = None, gpus: int | None = None, c
             raise UserError(f"--gpus lays out task=mixar only, this config has task={cfg.task}: leave --gpus out")
         return plan
 
-    tokens = mean_tokens(cfg)
+    alone = cfg.train.micro_batch or cfg.train.batch
+    tokens = mean_tokens(cfg, alone if gpus is None else images_a_rank(cfg, gpus))
     plan["guidance"] = cfg.model.guidance
     plan |= {"encoder_tokens": round(tokens.encoder, 1), "decoder_tokens": tokens.decoder}
     plan["flops"] = training_flops(model, tokens)
@@ -75,7 +76,7 @@ def make_plan(cfg: Config, images: int | None = None, gpus: int | None = None, c
         executed, frozen = executed + plan["flops"]["prior"], _values(prior)
     plan["flops"]["total"] = sum(plan["flops"].values())
     if gpus is not None:
-        layout = lay_out(cfg, model, tokens, frozen, gpus)
+        layout = Layout(cfg, gpus, Sizes.of(model), tokens, frozen)
         plan |= {"card": card, "gpus": gpus, "nodes": layout.nodes, "micro_batch": layout.micro}
         plan["passes"] = layout.passes
         plan["chosen"] = {launcher: layout.engine(launcher) for launcher in ("torchrun", "deepspeed")}

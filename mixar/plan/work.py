@@ -8,6 +8,7 @@ from torch import nn
 from mixar.config import Config, ModelConfig
 from mixar.mixing import ground_truth_share, masked_counts
 from mixar.model import MixAR
+from mixar.model.diffusion import STEPS
 from mixar.prior import Prior
 
 RECOMPUTED = {  # parameters of the blocks that each `engine.recompute` runs forward twice
@@ -16,37 +17,47 @@ RECOMPUTED = {  # parameters of the blocks that each `engine.recompute` runs for
     "head": ("diffloss.net.res_blocks.",),
     "all": ("encoder_blocks.", "decoder_blocks.", "diffloss.net.res_blocks."),
 }
-# layers on data: no gradient flows further down
-_FIRST = ("z_proj.", "diffloss.net.input_proj.", "diffloss.net.time_embed.mlp.0.")
+# layers on data: no gradient flows through them
+FIRST = ("z_proj.", "diffloss.net.input_proj.", "diffloss.net.time_embed.mlp.0.")
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """What one image brings to each part of MixAR, as means over images."""
+    """What one image brings to each part of MixAR, as means over images.
+
+    Attributes:
+        images: of a pass, whose rows share one table of embedded timesteps.
+    """
 
     encoder: float  # prefix + V
     pairs: float  # (prefix + V)², what the encoder's self-attention compares
     decoder: int  # prefix + N
     masked: float  # N - V
     rows: float  # of the head: masked positions x noise levels
+    images: int
+
+    @property
+    def times(self) -> float:
+        """Timesteps that the head embeds: those of the pass's rows, or all there are where these are fewer."""
+        return min(self.rows, STEPS / self.images)
 
     @classmethod
-    def of(cls, cfg: ModelConfig, visible: Sequence[int]) -> "Tokens":
-        """Means over images that show `visible` positions each."""
+    def of(cls, cfg: ModelConfig, visible: Sequence[int], images: int) -> "Tokens":
+        """Means over images that show `visible` positions each, in passes of `images`."""
         prefix = cfg.class_tokens + (cfg.tokens if cfg.guidance == "dc_sa" else 0)
         lengths = [prefix + v for v in visible]
         masked = cfg.tokens - sum(visible) / len(visible)
         return cls(
             sum(lengths) / len(lengths), sum(length**2 for length in lengths) / len(lengths), prefix + cfg.tokens,
-            masked, masked * cfg.diffusion_batch_mul,
+            masked, masked * cfg.diffusion_batch_mul, images,
         )  # fmt: skip
 
 
-def mean_tokens(cfg: Config) -> Tokens:
-    """Means over the law of the mask ratio (Eq. 8), from its 1024 quantiles."""
+def mean_tokens(cfg: Config, images: int) -> Tokens:
+    """Means over the law of the mask ratio (Eq. 8), from its 1024 quantiles, in passes of `images`."""
     fine = replace(cfg.mask, ratio_scope="image", group=1024)
     counts = masked_counts(fine, cfg.model.tokens, 0, range(1024), 1024)
-    return Tokens.of(cfg.model, [cfg.model.tokens - count for count in counts])
+    return Tokens.of(cfg.model, [cfg.model.tokens - count for count in counts], images)
 
 
 def matrices(module: nn.Module) -> dict[str, int]:
@@ -66,23 +77,33 @@ def training_flops(model: MixAR, tokens: Tokens, recompute: str = "none") -> dic
     """
     flops = {"backbone": 0.0, "head": 0.0}
     for name, size in matrices(model).items():
-        passes = 3 - name.startswith(_FIRST) + name.startswith(RECOMPUTED[recompute])
+        passes = 3 - name.startswith(FIRST) + name.startswith(RECOMPUTED[recompute])
         part = "head" if name.startswith("diffloss.") else "backbone"
         flops[part] += 2 * passes * size * _tokens_at(name, model, tokens)
     cfg, passes = model.config, 4 if recompute in ("backbone", "all") else 3
     crossed = cfg.tokens if cfg.guidance == "dc_ca" else 0
     encoder = cfg.encoder_depth * cfg.encoder_width * (tokens.pairs + tokens.encoder * crossed)
-    decoder = cfg.decoder_depth * cfg.decoder_width * tokens.decoder * (tokens.decoder + crossed)
+    queries = (cfg.decoder_depth - 1) * tokens.decoder + tokens.masked  # in the last block of masked positions alone
+    decoder = cfg.decoder_width * queries * (tokens.decoder + crossed)
     flops["backbone"] += 4 * passes * (encoder + decoder)
     return flops
 
 
 def _tokens_at(name: str, model: MixAR, tokens: Tokens) -> float:
     """How many tokens of an image the matrix `name` multiplies."""
+    cfg = model.config
+    if name.startswith("diffloss.net.time_embed.") or name.endswith(".adaLN_modulation.time.weight"):
+        return tokens.times
+    if name.startswith("diffloss.net.cond_embed."):
+        return tokens.masked
+    if name.endswith(".adaLN_modulation.1.weight"):
+        return tokens.masked if cfg.separable_adaln else tokens.rows
     if name.startswith("diffloss."):
         return tokens.rows
     if name.startswith("z_proj.") or ".cross_attn.k." in name or ".cross_attn.v." in name:
-        return model.config.tokens
+        return cfg.tokens
+    if name.startswith(f"decoder_blocks.{cfg.decoder_depth - 1}.") and ".attn.qkv." not in name:
+        return tokens.masked  # of the others their keys and values alone are used
     return tokens.decoder if name.startswith("decoder_blocks.") else tokens.encoder
 
 
