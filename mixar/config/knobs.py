@@ -120,7 +120,7 @@ class ModelConfig:
     guidance_drop_prob: float = 0.0  # also drop the discrete tokens, so that guidance on them can be tried
     head_depth: int = 6
     head_width: int = 1024
-    separable_adaln: bool = False  # not MAR's: modulate the head by time and by condition apart; 40 % of its work
+    separable_adaln: bool = False  # not MAR's: modulate the head by time and by condition apart, for half of its work
     diffusion_batch_mul: int = 4  # noise levels a masked token a step
     attention: str = "auto"  # auto: torch chooses | math | efficient | flash | cudnn | fa2 | fa3 | fa4
 
