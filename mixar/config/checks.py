@@ -27,7 +27,7 @@ def validate(config: Config) -> None:
     _check_values(config)
     _check_networks(config)
     _check_tokens(config)
-    _check_run(config)
+    images_a_pass(config, ranks=1)
     check_sample(config.sample)
 
 
@@ -151,21 +151,6 @@ def _check_tokens(config: Config) -> None:
         )
 
 
-def _check_run(config: Config) -> None:
-    """Batches that divide."""
-    mask, micro = config.mask, config.train.micro_batch
-    if micro is not None and config.train.batch % micro:
-        raise UserError(
-            f"train.batch={config.train.batch} is no multiple of train.micro_batch={micro}: "
-            f"write train.batch={math.ceil(config.train.batch / micro) * micro}"
-        )
-    if config.task == "mixar" and mask.ratio_scope == "image" and (micro or config.train.batch) % mask.group:
-        raise UserError(
-            f"mask.group={mask.group} does not divide the micro-batch {micro or config.train.batch}: "
-            f"write mask.group={math.gcd(mask.group, micro or config.train.batch)}"
-        )
-
-
 def images_a_pass(config: Config, ranks: int) -> int:
     """The micro-batch of a run on so many ranks: `train.micro_batch`, else each rank's whole share of the batch.
 
@@ -179,13 +164,16 @@ def images_a_pass(config: Config, ranks: int) -> int:
     share = batch // ranks
     micro = config.train.micro_batch or share
     if share % micro:
+        whole = f"train.batch={batch}" if ranks == 1 else f"the {share} images of each of {ranks} ranks"
+        fitting = math.ceil(share / micro) * micro * ranks
         raise UserError(
-            f"train.micro_batch={micro} does not divide the {share} images of each of {ranks} ranks: "
-            f"write train.micro_batch={math.gcd(micro, share)}"
+            f"train.micro_batch={micro} does not divide {whole}: write train.batch={fitting}, or "
+            f"train.micro_batch={math.gcd(micro, share)}"
         )
     if config.task == "mixar" and mask.ratio_scope == "image" and micro % mask.group:
+        among = "" if ranks == 1 else f" on {ranks} ranks"
         raise UserError(
-            f"mask.group={mask.group} does not divide the micro-batch {micro} on {ranks} ranks: "
+            f"mask.group={mask.group} does not divide the micro-batch {micro}{among}: "
             f"write mask.group={math.gcd(mask.group, micro)}"
         )
     return micro

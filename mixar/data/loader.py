@@ -53,19 +53,14 @@ class Loader:
         start: images seen before: the stream goes on as if it had never stopped.
 
     Raises:
-        UserError: sizes that do not divide, pre-drawn tokens made for the other `flip`; and, while iterating, whatever
-            the source raises.
+        UserError: pre-drawn tokens made for the other `flip`; and, while iterating, whatever the source raises.
     """
 
     def __init__(
         self, source: Source, seed: int, batch: int, micro_batch: int, rank: int, world: int, workers: int, flip: bool,
         start: int = 0,
     ):
-        if batch % (micro_batch * world):
-            raise UserError(
-                f"train.batch={batch} is no multiple of train.micro_batch={micro_batch} times {world} ranks: "
-                f"write train.batch={-(-batch // (micro_batch * world)) * micro_batch * world}"
-            )
+        assert batch % (micro_batch * world) == 0, "the config's check sees to it"
         if source.pre_drawn_flip not in (None, flip):
             raise UserError(
                 f"the pre-drawn tokens were made with data.flip={str(source.pre_drawn_flip).lower()}: "

@@ -105,11 +105,6 @@ def test_half_of_the_samples_are_flipped_or_none():
     assert take(ImageSource(images, 4), 1, flip=False)[0].images[:, 0, 0, 0].min() == 255
 
 
-def test_a_batch_that_ranks_cannot_share(shards):
-    with pytest.raises(UserError, match=r"train\.batch=12"):
-        Loader(ShardSource(shards), 0, batch=10, micro_batch=3, rank=0, world=2, workers=0, flip=True)
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("damage", ["torn", "bit", "gone"])
 def test_a_damaged_shard_is_named_with_what_mends_it(shards, workers, damage):
