@@ -9,11 +9,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "guidance_interval": [0.0, 1.0],
     },
     "fast": {
-        "steps": 8, "order": "random", "solver": "dpm", "diffusion_steps": "8", "diffusion_steps_end": None,
-        "diffusion_start": 950, "guidance_interval": [0.0, 1.0], "prior_steps": 8,
+        "steps": 8, "order": "checkerboard", "solver": "dpm", "diffusion_steps": "16", "diffusion_steps_end": None,
+        "diffusion_start": 970, "guidance_interval": [0.0, 1.0], "temperature": 1.0, "prior_steps": 8,
     },
     "fastest": {
         "steps": 4, "order": "checkerboard", "solver": "dpm", "diffusion_steps": "4", "diffusion_steps_end": None,
-        "diffusion_start": 950, "guidance_interval": [0.25, 1.0], "prior_steps": 4,
+        "diffusion_start": 970, "guidance_interval": [0.0, 1.0], "temperature": 1.0, "prior_steps": 4,
     },
 }  # fmt: skip
