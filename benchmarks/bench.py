@@ -33,9 +33,8 @@ from mixar.config import (
     TrainConfig,
     load_config,
 )
-from mixar.data.loader import Loader
+from mixar.data.loader import Loader, ShardSource
 from mixar.data.parts import HASH
-from mixar.data.shards import ShardSource
 from mixar.dist import Place, find
 from mixar.draws import Stream
 from mixar.engine import build_engine
@@ -132,7 +131,8 @@ def sampling(
     with torch.device(device):
         model, prior = MixAR(config_of(guidance)).eval(), None
         if guidance != "none":
-            prior = Prior(PriorConfig(width=WIDTH, depth=BLOCKS, heads=HEADS, mlp_width=4 * WIDTH, bits=14)).eval()
+            sizes = {"width": WIDTH, "depth": BLOCKS, "heads": HEADS, "mlp_width": 4 * WIDTH}
+            prior = Prior(PriorConfig(**sizes, bits=14, grid=16, classes=1000)).eval()
     init_weights(model, 0)
     seeds, run = torch.arange(images, device=device), compiled_predict(device) if compiled else predict
 
