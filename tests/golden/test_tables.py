@@ -4,6 +4,7 @@ import torch
 from fixtures import load
 from test_mar import check_tables
 
+from mixar.config import SampleConfig
 from mixar.mixing import ratio_quantile
 from mixar.model import Diffusion
 from mixar.sampling.autoregressive import reveal_schedule
@@ -20,7 +21,7 @@ def test_reveal_schedule() -> None:
     for combo in names(fixture, "mar."):
         length, steps = (int(part[1:]) for part in combo.split("_"))
         expected = fixture.under(f"mar.{combo}.")
-        plan = reveal_schedule(length, steps, 3.0, "linear")
+        plan = reveal_schedule(length, SampleConfig(steps=steps, guidance=3.0))
         assert [max(step.after, 1) for step in plan] == expected["mask_len"].tolist(), combo
         assert [step.before - step.after for step in plan] == expected["n_pred"].tolist(), combo
         scales = torch.tensor([step.guidance for step in plan], dtype=torch.float64)

@@ -180,7 +180,7 @@ def test_presets_are_rows(grid, run_dir):
     found, text, _ = grid("preset=fast,fastest", "steps=2", flags=("--diffusion-start", 900))
     assert settings_of(found) == [{"preset": "fast", "steps": 2}, {"preset": "fastest", "steps": 2}]
     sampling = [row["sampling"] for row in found["rows"]]
-    assert [how["order"] for how in sampling] == ["random", "checkerboard"]
+    assert [how["diffusion_steps"] for how in sampling] == ["16", "4"]
     assert all(how["steps"] == 2 and how["solver"] == "dpm" and how["diffusion_start"] == 900 for how in sampling)
     assert (run_dir / "samples" / "0-6-fast-steps-2-diffusion_start-900").is_dir() and "| fastest" in text
 
