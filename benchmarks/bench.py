@@ -228,10 +228,10 @@ def operator_rows(rounds: int) -> list[dict]:
     for batch, width in ((32, 1024), (BATCH, WIDTH)):
         output = 4 * batch * (64 + N) * width
         for direction, works in mix_gather_passes(batch, width).items():
-            row = ratio(f"mix_gather {direction}: compiled / composed, {batch} x {width}", *works, rounds)
+            row = ratio(f"mix_gather {direction}: compiled / composed, {batch} x {width}", *works, rounds, (20, 20))
             rows.append(row | {"peak / output": [peak(work) / output for work in works]})
     works = timestep_passes(28_416)
-    row = ratio("timestep_embed: compiled / composed, 28,416 rows", *works, rounds)
+    row = ratio("timestep_embed: compiled / composed, 28,416 rows", *works, rounds, (20, 20))
     rows.append(row | {"peak / output": [peak(work) / (4 * 28_416 * 256) for work in works]})
     for row in rows:
         compiled, composed = row["peak / output"]
@@ -266,17 +266,17 @@ def model_rows(rounds: int) -> list[dict]:
     return rows
 
 
-def ratio(name: str, numerator: Work, denominator: Work, rounds: int, times: int = 1) -> dict:
+def ratio(name: str, numerator: Work, denominator: Work, rounds: int, times: tuple[int, int] = (1, 1)) -> dict:
     """Time of `numerator` over time of `denominator`, timed in turn; the median and the range over the rounds.
 
     Args:
-        times: the numerator runs so often in a round, and counts by its mean.
+        times: how often each runs in a round, to count by its mean.
     """
     numerator(), denominator()
     found = []
     for _ in range(rounds):
         seconds = []
-        for work, count in ((numerator, times), (denominator, 1)):
+        for work, count in zip((numerator, denominator), times):
             begun = time.perf_counter()
             for _ in range(count):
                 work()
@@ -302,15 +302,16 @@ def main() -> None:
     rows.append(ratio("step: reference / ours, fp32", reference, plain, rounds))
     rows.append(ratio("step: reference / ours in bf16", reference, half, rounds))
     with tempfile.TemporaryDirectory() as folder:
-        rows.append(ratio("batch: loader, one worker / step in bf16", loading(folder), half, rounds, times=64))
+        rows.append(ratio("batch: loader, one worker / step in bf16", loading(folder), half, rounds, (64, 1)))
     masked = round(0.867 * N) * BATCH
     rows.append(ratio("head: all rows / masked rows, fp32", head_pass(N * BATCH), head_pass(masked), rounds))
     rows += operator_rows(rounds)
     slow, short = reference_sampling(8, 25), SampleConfig(steps=8, diffusion_steps="25")
     for precision in ("fp32", "bf16"):
-        for name, compiled in (("", False), (", compiled", True)):
-            ours = sampling(short, precision, compiled)
-            rows.append(ratio(f"sampling 8 x 25: reference / exact in {precision}{name}", slow, ours, few))
+        rows.append(ratio(f"sampling 8 x 25: reference / exact in {precision}", slow, sampling(short, precision), few))
+        if find().device.type == "cuda":
+            ours = sampling(short, precision, compiled=True)
+            rows.append(ratio(f"sampling 8 x 25: reference / exact in {precision}, CUDA graph", slow, ours, few))
     by_preset = {
         name: sampling(SampleConfig(**preset), "bf16", guidance="dc_mix", images=2) for name, preset in PRESETS.items()
     }

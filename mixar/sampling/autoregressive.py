@@ -153,14 +153,11 @@ Predict = Callable[[Head, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, 
 
 
 def compiled_predict(device: torch.device) -> Predict:
-    """`predict` by torch.compile: on a GPU a CUDA graph for each number of rows, on a CPU one with packed weights.
-
-    The weights become part of it, so they must not change any more.
-    """
+    """`predict` by torch.compile: on a GPU a CUDA graph for each number of rows, elsewhere one graph for all."""
     if device.type == "cuda":
         torch._dynamo.config.recompile_limit = 128  # at most one a step of the reveal schedule
         return torch.compile(predict, fullgraph=True, dynamic=False, mode="reduce-overhead")
-    return torch.compile(predict, fullgraph=True, dynamic=True, options={"freezing": True})
+    return torch.compile(predict, fullgraph=True, dynamic=True)
 
 
 def denoise(
