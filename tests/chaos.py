@@ -53,6 +53,7 @@ def fork_ranks(config: Path, run: Path, engine: str, world: int) -> list[int]:
         if pid == 0:
             status = 1
             try:
+                torch.set_num_threads(1)  # a fork's thread pool is made at this call: two threads racing to it abort
                 os.environ.update(place)
                 log = os.open(run.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 os.dup2(log, 1)
