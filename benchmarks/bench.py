@@ -39,7 +39,7 @@ from mixar.dist import Place, find
 from mixar.draws import Stream
 from mixar.engine import build_engine
 from mixar.mixing import Masking, masked_counts
-from mixar.model import MixAR, init_weights, initial_value
+from mixar.model import MixAR, init_weights, initial_value, pack_linears
 from mixar.objectives.base import mean_of
 from mixar.ops import mix_gather, timestep_embed
 from mixar.ops.mix_gather import reference as mix_gather_reference
@@ -134,6 +134,9 @@ def sampling(
             sizes = {"width": WIDTH, "depth": BLOCKS, "heads": HEADS, "mlp_width": 4 * WIDTH}
             prior = Prior(PriorConfig(**sizes, bits=14, grid=16, classes=1000)).eval()
     init_weights(model, 0)
+    if device.type == "cpu" and not compiled:  # as the pipeline does
+        for network in [model] if prior is None else [model, prior]:
+            pack_linears(network)
     seeds, run = torch.arange(images, device=device), compiled_predict(device) if compiled else predict
 
     def work() -> float:

@@ -25,7 +25,7 @@ from mixar.config import (
 )
 from mixar.dist import fast_precision
 from mixar.errors import UserError
-from mixar.model import Diffusion, MixAR, unpatchify
+from mixar.model import Diffusion, MixAR, pack_linears, unpatchify
 from mixar.prior import Prior, keyed_draws, load_prior, sample_codes
 from mixar.sampling.autoregressive import compiled_predict, predict, sample_tokens
 from mixar.weights import is_export, load_strict, read_export, write_export
@@ -85,7 +85,7 @@ class MixARPipeline:
         with torch.device("meta"):  # the weights come from the file, so none are drawn
             model = MixAR(cfg)
         load_strict(model, state, folder)
-        return cls(
+        pipeline = cls(
             model,
             load_vae(VAEConfig(weights=str(folder / "vae"))),
             LatentNorm(torch.tensor(about["latents"]["mean"]), torch.tensor(about["latents"]["std"])),
@@ -96,6 +96,10 @@ class MixARPipeline:
             precision,
             compile,
         )
+        if pipeline.device.type == "cpu" and not compile:
+            for network in pipeline.networks.values():
+                pack_linears(network)
+        return pipeline
 
     @property
     def networks(self) -> dict[str, nn.Module]:

@@ -36,7 +36,9 @@ def test_round_trip(make_pipeline, tmp_path, guidance):
     pipeline = make_pipeline(guidance)
     folder = pipeline.save_pretrained(tmp_path / "run" / "exports" / "9-ema", images=9)
     again = mixar.MixARPipeline.from_pretrained(tmp_path / "run", "cpu", "fp32")
-    assert torch.equal(again(LABELS, SEEDS), pipeline(LABELS, SEEDS))
+    for name, network in again.networks.items():
+        torch.testing.assert_close(network.state_dict(), pipeline.networks[name].state_dict(), rtol=0, atol=0)
+    assert difference(again(LABELS, SEEDS), pipeline(LABELS, SEEDS)) <= 1  # packed weights round differently
     assert again.settings == pipeline.settings and again.networks.keys() == pipeline.networks.keys()
     assert json.loads((folder / "config.json").read_text())["images"] == 9
     with pytest.raises(UserError, match="exists"):
