@@ -50,7 +50,8 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, lengths: Lengths, memory: Tensor | None, keys: Tensor | None, wanted: Wanted | None = None
     ) -> Tensor:
-        """x [T, D], packed images of `lengths`; memory [B, N, D'] under DC-CA: [T, D].
+        """x [T, D], packed images of `lengths`; memory [B, N, D'] under DC-CA: [T, D]. Without gradients x is
+        overwritten.
 
         Args:
             keys: int64 [T], this layer's key of each token, which decides what is dropped; None drops nothing.
@@ -62,8 +63,13 @@ class Block(nn.Module):
             keys = None if keys is None else keys[wanted.rows]
         else:
             lengths_out = lengths
-        x = x + self.attn(normed, lengths, keys, wanted)
+        x = _add(x, self.attn(normed, lengths, keys, wanted))
         if self.cross_attn is not None:
             assert memory is not None, "a block with cross-attention needs the memory of discrete tokens"
-            x = x + self.cross_attn(x, lengths_out, memory, None if keys is None else ~keys)  # keys of its own
-        return x + self.mlp(self.norm2(x), keys)
+            x = _add(x, self.cross_attn(x, lengths_out, memory, None if keys is None else ~keys))  # keys of its own
+        return _add(x, self.mlp(self.norm2(x), keys))
+
+
+def _add(x: Tensor, branch: Tensor) -> Tensor:
+    """x + branch, in place where no gradient needs x: the residual stream then stays in one place in the cache."""
+    return x + branch if x.requires_grad or branch.requires_grad else x.add_(branch)
