@@ -9,48 +9,55 @@ namespace {
 
 constexpr int64_t kTile = 64;  // channels summed in registers at a time
 
-template <typename E, typename P> void add_row(const E* row, const P* positions, P* out, int64_t width) {
+template <typename E, typename P> void add_row(const E* row, const P* positions, P* __restrict out, int64_t width) {
   for (int64_t d = 0; d < width; ++d) store(out[d], load(row[d]) + load(positions[d]));
 }
 
-// out = positions + map[n] + Σ_k sign[k] map[k] over `count` channels, held in registers where the compiler knows count.
-template <typename P>
-inline void add_bits(const sum_t<P>* signs, const sum_t<P>* map, int64_t bits, const P* positions, P* out, int64_t width,
-                     int64_t count) {
-  sum_t<P> sum[kTile];
-  for (int64_t d = 0; d < count; ++d) sum[d] = map[bits * width + d];
-  for (int64_t k = 0; k < bits; ++k) {
-    for (int64_t d = 0; d < count; ++d) sum[d] += signs[k] * map[k * width + d];
-  }
-  for (int64_t d = 0; d < count; ++d) store(out[d], sum[d] + load(positions[d]));
-}
+// What masked positions get. A quarter of the bits has so few choices of signs that Σ ±W_k is made for each of them once:
+// a token then adds four of these rows, whatever its bits are.
+template <typename P> class Filling {
+  using A = sum_t<P>;
 
-template <typename P>
-void add_bits(int64_t id, const sum_t<P>* map, int64_t bits, const P* positions, P* out, int64_t width) {
-  sum_t<P> signs[kMaxBits];
-  for (int k = 0; k < bits; ++k) signs[k] = sign_of<sum_t<P>>(id, k);
-  int64_t d = 0;
-  for (; d + kTile <= width; d += kTile) add_bits(signs, map + d, bits, positions + d, out + d, width, kTile);
-  add_bits(signs, map + d, bits, positions + d, out + d, width, width - d);
-}
-
-// The weight [D, n] with one bit's channels side by side, and the bias as its last row: [n + 1, D].
-template <typename P> std::vector<sum_t<P>> bits_first(const MixGather& m) {
-  const P* weight = static_cast<const P*>(m.weight);
-  const P* bias = static_cast<const P*>(m.bias);
-  std::vector<sum_t<P>> map(size_t(std::max<int64_t>(m.bits + 1, 0) * m.width));
-  for (int64_t d = 0; d < m.width && m.bits >= 0; ++d) {
-    for (int64_t k = 0; k < m.bits; ++k) map[size_t(k * m.width + d)] = load(weight[d * m.bits + k]);
-    map[size_t(m.bits * m.width + d)] = load(bias[d]);
+ public:
+  explicit Filling(const MixGather& m)
+      : width_(m.width), quarter_(std::max<int64_t>(m.bits + 3, 0) / 4), bias_(size_t(std::max<int64_t>(m.width, 0))) {
+    if (m.bits < 0) return;
+    const P* weight = static_cast<const P*>(m.weight);
+    for (int64_t d = 0; d < width_; ++d) bias_[size_t(d)] = load(static_cast<const P*>(m.bias)[d]);
+    rows_.resize(size_t((4 << quarter_) * width_));
+    std::vector<A> column = bias_;
+    for (int64_t k = 0; k < m.bits; ++k) {
+      for (int64_t d = 0; d < width_; ++d) column[size_t(d)] = load(weight[d * m.bits + k]);
+      for (int64_t signs = 0; signs < 1 << quarter_; ++signs) {
+        const A sign = sign_of<A>(signs, int(k % quarter_));
+        A* sum = rows_.data() + ((k / quarter_ << quarter_) + signs) * width_;
+        for (int64_t d = 0; d < width_; ++d) sum[d] += sign * column[size_t(d)];
+      }
+    }
   }
-  return map;
-}
+
+  // out = positions + bias + Σ_k s_k W_k; of a dropped token, positions + bias
+  void add(int64_t id, const P* positions, P* __restrict out) const {
+    if (id < 0) return add_row(bias_.data(), positions, out, width_);
+    const A *a = row(id, 0), *b = row(id, 1), *c = row(id, 2), *e = row(id, 3), *bias = bias_.data();
+    for (int64_t d = 0; d < width_; ++d) store(out[d], (a[d] + b[d]) + (c[d] + e[d]) + bias[d] + load(positions[d]));
+  }
+
+ private:
+  const A* row(int64_t id, int64_t part) const {
+    const int64_t signs = id >> part * quarter_ & ((1 << quarter_) - 1);
+    return rows_.data() + ((part << quarter_) + signs) * width_;
+  }
+
+  int64_t width_, quarter_;
+  std::vector<A> bias_, rows_;  // [D]; [4, 2^quarter, D]
+};
 
 template <typename E, typename P> void forward(const MixGather& m, const Parallel& parallel) {
   const E* encoded = static_cast<const E*>(m.encoded);
   const P* table = static_cast<const P*>(m.weight);
   const P* positions = static_cast<const P*>(m.positions);
-  const std::vector<sum_t<P>> map = bits_first<P>(m), zeros(size_t(m.width));
+  const Filling<P> filling(m);
   parallel(m.places.images * m.places.length, [&](int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; ++at) {
       const Source source = source_at(m.places, at);
@@ -59,7 +66,7 @@ template <typename E, typename P> void forward(const MixGather& m, const Paralle
       if (source.slot >= 0) {
         add_row(encoded + source.slot * m.width, position, out, m.width);
       } else if (m.bits >= 0) {
-        add_bits(source.id, map.data(), m.bits, position, out, m.width);
+        filling.add(source.id, position, out);
       } else if (source.id >= 0) {
         add_row(table + source.id * m.width, position, out, m.width);
       } else {
