@@ -68,6 +68,8 @@ class MixARPipeline:
     ) -> "MixARPipeline":  # fmt: skip
         """The pipeline that `mixar export` wrote, or the newest export of a run directory.
 
+        On a CPU its linear layers run on packed weights, which take their memory once more (`pack_linears`).
+
         Raises:
             UserError: no export there, or one that is torn, of another kind or without the codecs and the prior.
         """
