@@ -134,9 +134,7 @@ def sampling(
             sizes = {"width": WIDTH, "depth": BLOCKS, "heads": HEADS, "mlp_width": 4 * WIDTH}
             prior = Prior(PriorConfig(**sizes, bits=14, grid=16, classes=1000)).eval()
     init_weights(model, 0)
-    if device.type == "cpu" and not compiled:  # as the pipeline does
-        for network in [model] if prior is None else [model, prior]:
-            pack_linears(network)
+    pack_linears(torch.nn.ModuleList([model] if prior is None else [model, prior]))  # as the pipeline does
     seeds, run = torch.arange(images, device=device), compiled_predict(device) if compiled else predict
 
     def work() -> float:

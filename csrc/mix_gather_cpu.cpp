@@ -20,12 +20,12 @@ template <typename P> class Filling {
 
  public:
   explicit Filling(const MixGather& m)
-      : width_(m.width), quarter_(std::max<int64_t>(m.bits + 3, 0) / 4), bias_(size_t(std::max<int64_t>(m.width, 0))) {
+      : width_(m.width), quarter_(std::max<int64_t>(m.bits + 3, 0) / 4), bias_(size_t(m.width)) {
     if (m.bits < 0) return;
     const P* weight = static_cast<const P*>(m.weight);
     for (int64_t d = 0; d < width_; ++d) bias_[size_t(d)] = load(static_cast<const P*>(m.bias)[d]);
     rows_.resize(size_t((4 << quarter_) * width_));
-    std::vector<A> column = bias_;
+    std::vector<A> column(bias_.size());
     for (int64_t k = 0; k < m.bits; ++k) {
       for (int64_t d = 0; d < width_; ++d) column[size_t(d)] = load(weight[d * m.bits + k]);
       for (int64_t signs = 0; signs < 1 << quarter_; ++signs) {

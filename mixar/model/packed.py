@@ -1,5 +1,7 @@
 """Linear layers of a network that only samples, on a CPU."""
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ class _Packed:
 
     def __init__(self, layer: nn.Linear) -> None:
         self.layer = layer
-        self._packed: dict[torch.dtype, tuple[int, Tensor, Tensor | None]] = {}
+        self._packed: dict[torch.dtype, tuple[Tensor, int, Tensor]] = {}  # of which weight and version
 
     def __reduce__(self) -> tuple[type, tuple[nn.Linear]]:
         return _Packed, (self.layer,)  # packed weights can neither be copied nor pickled
@@ -24,14 +26,15 @@ class _Packed:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         if torch.is_grad_enabled() or dtype not in _dtypes():
             return F.linear(x, weight, bias)
-        version, packed, added = self._packed.get(dtype, (-1, weight, bias))
-        if version != weight._version:  # new, or changed since, as by loading other weights
+        source, version, packed = self._packed.get(dtype, (None, 0, weight))
+        if source is not weight or version != weight._version:  # new, or changed since, as by loading other weights
             packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype), None)
-            added = None if bias is None else bias.to(dtype)
-            self._packed[dtype] = weight._version, packed, added
+            self._packed[dtype] = weight, weight._version, packed
+        added = None if bias is None else bias.to(dtype)
         return torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed, added, "none", [], "")
 
 
+@lru_cache(maxsize=1)
 def _dtypes() -> tuple[torch.dtype, ...]:
     half = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return (torch.float32, torch.bfloat16) if half else (torch.float32,)
@@ -40,10 +43,10 @@ def _dtypes() -> tuple[torch.dtype, ...]:
 def pack_linears(network: nn.Module) -> None:
     """Let a network's linear layers run on packed weights where no gradients are asked for; results differ by rounding.
 
-    For a network that stays on the CPU. The packed weights are kept beside the layers' own, which remain as they are:
-    names, state dict and training.
+    Only layers on the CPU, where they must stay; torch.compile cannot trace them. The packed weights are kept beside the
+    layers' own, which remain as they are: names, state dict and training.
     """
     if torch.backends.mkldnn.is_available():
         for layer in network.modules():
-            if type(layer) is nn.Linear:
+            if type(layer) is nn.Linear and layer.weight.device.type == "cpu":
                 layer.forward = _Packed(layer)  # type: ignore[method-assign, assignment]

@@ -98,7 +98,7 @@ class MixARPipeline:
             precision,
             compile,
         )
-        if pipeline.device.type == "cpu" and not compile:
+        if not compile:
             for network in pipeline.networks.values():
                 pack_linears(network)
         return pipeline

@@ -42,6 +42,12 @@ def test_follows_a_change_of_the_weights():
     packed.load_state_dict(plain.state_dict())
     torch.testing.assert_close(packed(x), plain(x))
     assert not torch.allclose(packed(x), before)
+    with torch.autocast("cpu", torch.bfloat16):
+        packed(x)
+        for state in ({"bias": plain.bias + 1}, {"weight": 3 * plain.weight}):  # a part alone, and another parameter
+            for layer in (plain, packed):
+                layer.load_state_dict(state, strict=False, assign="weight" in state)
+            torch.testing.assert_close(packed(x), plain(x))
 
 
 def test_trains_and_copies_as_before():
