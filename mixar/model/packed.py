@@ -43,8 +43,8 @@ def _dtypes() -> tuple[torch.dtype, ...]:
 def pack_linears(network: nn.Module) -> None:
     """Let a network's linear layers run on packed weights where no gradients are asked for; results differ by rounding.
 
-    Only layers on the CPU, where they must stay; torch.compile cannot trace them. The packed weights are kept beside the
-    layers' own, which remain as they are: names, state dict and training.
+    Only layers on the CPU, where they must stay; torch.compile cannot trace them. The packed weights are kept beside
+    the layers' own, which remain as they are: names, state dict and training.
     """
     if torch.backends.mkldnn.is_available():
         for layer in network.modules():
