@@ -9,6 +9,7 @@ models follow, with images/s and the share of the card's FLOP/s that the model's
 import argparse
 import itertools
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -216,6 +217,7 @@ def peak(work: Work) -> int:
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler tells its stages between the rows
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
