@@ -20,7 +20,7 @@ template <typename P> class Filling {
 
  public:
   explicit Filling(const MixGather& m)
-      : width_(m.width), quarter_(std::max<int64_t>(m.bits + 3, 0) / 4), bias_(size_t(m.width)) {
+      : width_(m.width), quarter_((m.bits + 3) / 4), bias_(size_t(m.width)) {
     if (m.bits < 0) return;
     const P* weight = static_cast<const P*>(m.weight);
     for (int64_t d = 0; d < width_; ++d) bias_[size_t(d)] = load(static_cast<const P*>(m.bias)[d]);
