@@ -37,8 +37,9 @@ def write_manifest(folder: Path, **changes: object) -> None:
 
 def test_this_environment_is_sound(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
-    out = capsys.readouterr().out
-    assert f"ok    torch {metadata.version('torch')}" in out and "bad" not in out
+    lines = capsys.readouterr().out.splitlines()
+    assert f"ok    torch {metadata.version('torch')}" in lines
+    assert not [line for line in lines if line.startswith("bad")]  # elsewhere it may be a file's hash that spells it
 
 
 def test_every_requirement_is_named() -> None:
