@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from statistics import fmean
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -22,12 +22,11 @@ from mixar.errors import UserError, did_you_mean
 from mixar.evaluation.files import replacing
 from mixar.verbs.drawing import AXES, Drawing, naming, parse_setting, place
 from mixar.verbs.plot import Mark, draw_plot
-
-if TYPE_CHECKING:
-    from mixar.verbs.evaluate import Scorer
+from mixar.verbs.scoring import Scorer
 
 Settings = dict[str, Any]
 Row = dict[str, Any]
+Drawings = list[tuple[Settings, list[Drawing]]]  # what is drawn at each point, a range of seeds each
 DEFAULT = ["steps=4,8,16", "diffusion_steps=4,8,25", "prior_steps=4,8,16"]
 
 
@@ -62,7 +61,7 @@ def parse_grid(texts: list[str], given: list[str]) -> list[Settings]:
     return points if texts else [*points, *({"preset": name} for name in PRESETS)]
 
 
-def grid_drawings(drawing: Drawing, points: list[Settings], repeats: int) -> list[tuple[Settings, list[Drawing]]]:
+def grid_drawings(drawing: Drawing, points: list[Settings], repeats: int) -> Drawings:
     """What is drawn at each point: `repeats` times as many images, of seeds that follow on each other.
 
     Raises:
@@ -84,9 +83,7 @@ def grid_drawings(drawing: Drawing, points: list[Settings], repeats: int) -> lis
     return found
 
 
-def run_grid(
-    drawing: Drawing, drawings: list[tuple[Settings, list[Drawing]]], scorer: "Scorer", out: Path | None
-) -> None:
+def run_grid(drawing: Drawing, drawings: Drawings, scorer: Scorer, out: Path | None) -> None:
     """Measure the points that `out` holds no row of; write it after each, and in the end the table and the plot.
 
     Args:
@@ -169,7 +166,7 @@ class Stopwatch:
             yield images
 
 
-def measure(parts: list[Drawing], scorer: "Scorer") -> Row:
+def measure(parts: list[Drawing], scorer: Scorer) -> Row:
     """Draw what is missing of each repeat and score it: seconds an image, and the scores over the repeats.
 
     One batch is drawn beforehand, so that nothing is compiled or allocated for the first time while the clock runs.
