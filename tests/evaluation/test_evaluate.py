@@ -36,7 +36,7 @@ def test_real_images_score_far_better_than_noise(digits, extractor):
     real = evaluate(held.split(128), reference, extractor, labels[1000:1500])
     fake = evaluate(noise.split(128), reference, extractor, labels[1000:1500])
     assert 20 * real["distance"]["value"] < fake["distance"]["value"]
-    assert real["accuracy"] > 0.85 > 0.3 > fake["accuracy"]
+    assert real["accuracy"] > 0.75 > 0.3 > fake["accuracy"]
     assert real["precision"] > 0.8 and real["recall"] > 0.8 and fake["precision"] < 0.1
     assert real["score"]["mean"] > 3 * fake["score"]["mean"]
     assert sum(real["per_class"].values()) == real["n"] == real["reference"]["n"] == 500
