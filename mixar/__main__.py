@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         module.run(parser.parse_intermixed_args(given[1:]))
     except UserError as error:
         print(f"mixar {verb}: {error}", file=sys.stderr)
-        return 2
+        return error.status
     except KeyboardInterrupt:
         print(f"mixar {verb}: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130

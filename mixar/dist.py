@@ -1,9 +1,12 @@
 """Where this process stands: its launcher, its rank among the others, its device, its precision."""
 
+import atexit
+import multiprocessing
 import os
 import re
 import shutil
 import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -50,7 +53,11 @@ class Place:
 
 
 class ElsewhereError(UserError):
-    """A mistake that another rank has told of: this one ends without a line of its own."""
+    """A mistake that another rank has told of: this one ends as that does, without a line of its own."""
+
+    def __init__(self, text: str, status: int = UserError.status) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 def find() -> Place:
@@ -121,6 +128,24 @@ def leave() -> None:
         c10d.destroy_process_group()
 
 
+def abandon(status: int) -> None:
+    """Let this process end without the others, who may be waiting for it in a collective: their launcher ends them.
+
+    It ends with `status` where the interpreter would else be torn down, since the threads of an exchange that is under
+    way can abort it then. Does nothing where there are no others.
+    """
+    if c10d.is_initialized() and c10d.get_world_size() > 1:
+        atexit.register(_end, status)
+
+
+def _end(status: int) -> None:
+    for worker in multiprocessing.active_children():
+        worker.terminate()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def on_main(place: Place, work: Callable[[], T]) -> T:
     """Do `work` on rank 0 alone and return its result on every rank; a collective.
 
@@ -135,13 +160,13 @@ def on_main(place: Place, work: Callable[[], T]) -> T:
         try:
             told[0] = work()
         except BaseException as error:  # the others wait: they must hear of whatever it was
-            failure, told[1] = error, (isinstance(error, UserError), _one_line(error))
+            failure, told[1] = error, (error.status if isinstance(error, UserError) else None, _one_line(error))
     c10d.broadcast_object_list(told, device=torch.device("cpu"))
     if failure is not None:
         raise failure
     if told[1] is not None:
-        mistake, text = told[1]
-        raise ElsewhereError(text) if mistake else RuntimeError(f"rank 0 failed: {text}")
+        status, text = told[1]
+        raise RuntimeError(f"rank 0 failed: {text}") if status is None else ElsewhereError(text, status)
     return cast(T, told[0])
 
 

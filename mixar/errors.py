@@ -7,12 +7,16 @@ from collections.abc import Iterable
 class UserError(Exception):
     """A mistake on the user's side; its text says what was given, what was expected and what to type instead.
 
-    The command line prints it as one line without a traceback and exits with status 2.
+    The command line prints it as one line without a traceback and exits with its `status`.
     """
+
+    status = 2
 
 
 class PassingError(UserError):
     """What may be over when the same command is started again, such as a lost connection: job scripts do start it."""
+
+    status = 75  # EX_TEMPFAIL
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:

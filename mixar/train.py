@@ -24,7 +24,7 @@ from mixar.data.images import ImageSource, training_images
 from mixar.data.loader import ShardSource
 from mixar.data.manifest import check_manifest, read_manifest
 from mixar.engine import choose_engine
-from mixar.errors import PassingError, UserError
+from mixar.errors import UserError
 from mixar.metrics import log
 from mixar.model.attention import prepare_attention
 from mixar.objectives import MixARObjective, Objective, PriorObjective, TokenizerObjective, VAEObjective
@@ -139,25 +139,25 @@ def run(args: argparse.Namespace) -> None:
         return
     try:
         train(load_config(args.config, overrides))
-        _leave("done")
+        _tell("done")
     except Stopped:
-        _leave("stopped")
+        _tell("stopped")
     except UserError as error:
-        if not isinstance(error, PassingError):
-            _leave("refused")
+        if error.status == UserError.status:  # no passing error's, here or on another rank
+            _tell("refused")
+        dist.abandon(error.status)
         raise
+    dist.leave()
 
 
-def _leave(outcome: str) -> None:
-    """Part from the other ranks, and tell the job script that started this how it ended: done, stopped or refused.
+def _tell(outcome: str) -> None:
+    """Tell the job script that started this how it ended: done, stopped or refused.
 
     By a file, since a launcher makes of the exit statuses of its processes what it likes.
     """
     file = os.environ.get("MIXAR_OUTCOME")
     if file and (outcome == "refused" or dist.find().is_main):
         Path(file).write_text(outcome + "\n")
-    if outcome != "refused":  # then others may be waiting in a collective: their launcher ends them
-        dist.leave()
 
 
 def main() -> None:
@@ -168,10 +168,10 @@ def main() -> None:
     except UserError as error:
         if not isinstance(error, dist.ElsewhereError):
             print(f"mixar train: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.status)
     except SystemExit as end:  # argparse's: after --help, or of a wrong flag
         if end.code:
-            _leave("refused")
+            _tell("refused")
         raise
 
 

@@ -1,5 +1,6 @@
 """The job scripts as they are, on a real Slurm: they train, and what interrupts them ends in a resumed run."""
 
+import fcntl
 import json
 import shutil
 import subprocess
@@ -92,6 +93,16 @@ def test_a_mistake_is_not_requeued(cluster, home) -> None:
     ended = cluster.finish(job)
     assert (ended["JobState"], ended["Restarts"], ended["ExitCode"]) == ("FAILED", "0", "2:0"), cluster.log(job)
     assert "Did you mean 'model.guidance'?" in cluster.log(job)
+
+
+def test_what_may_pass_is_requeued(cluster, home, tmp_path) -> None:
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        job = cluster.submit(*TRAIN, home / "config.yaml", f"run_dir={tmp_path}", MAX_RESTARTS="0")
+        ended = cluster.finish(job)
+    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "1:0"), cluster.log(job)
+    assert f"another process is training in {tmp_path}" in cluster.log(job)
+    assert "not requeued: this was restart 0 of MAX_RESTARTS=0" in cluster.log(job)
 
 
 def test_a_wrong_flag_is_no_crash(monkeypatch, tmp_path) -> None:

@@ -144,10 +144,12 @@ def test_a_rank_that_hangs_is_seen_in_the_log(home, tmp_path) -> None:
 
 def test_a_step_that_is_not_finite_is_skipped_by_all_ranks(home, tmp_path) -> None:
     run = tmp_path / "run"
-    poison = ["optim.lr=1e30", "optim.clip=0", "optim.warmup_epochs=0", "train.max_skips=2"]
+    poison = ["optim.lr=1e30", "optim.clip=0", "optim.warmup_epochs=0", "train.max_skips=2", "data.workers=1"]
     processes = start_ranks(train(home, run, *poison, "engine.name=zero2"), 2, log=tmp_path / "log")
     assert end(processes) == [2, 2]
-    assert "steps in a row were not finite" in (tmp_path / "log").read_text()
+    told = (tmp_path / "log").read_text()
+    assert "steps in a row were not finite" in told and "terminate called" not in told
+    assert subprocess.run(["pgrep", "-f", f"run_dir={run}"]).returncode == 1, "the loader's workers are left"
     replay = json.loads(sorted((run / "replay").iterdir())[0].read_text())
     assert len(set(replay["keys"])) == 16  # of both ranks
 
