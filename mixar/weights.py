@@ -3,12 +3,11 @@
 An export is a folder of `model.safetensors` and `config.json`, which holds the kind of network and its geometry.
 """
 
+import errno
 import hashlib
 import json
-import os
 import pickle
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from mixar import __version__
 from mixar.errors import UserError
+from mixar.files import creating_folder, write_json
 
 State = dict[str, Tensor]
 
@@ -165,21 +165,21 @@ def write_export(
         extra: further entries of config.json.
 
     Raises:
-        UserError: `folder` exists.
+        UserError: `folder` exists, or cannot be written.
     """
-    folder = Path(folder)
-    if folder.exists():
-        raise UserError(f"{folder} exists and an export never overwrites: remove it or name another folder")
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    aside.mkdir(parents=True, exist_ok=True)
+    with creating_folder(folder) as aside:
+        write_network(aside, kind, config, state, **extra)
+
+
+def write_network(folder: Path, kind: str, config: dict[str, Any], state: Mapping[str, Tensor], **extra: Any) -> None:
+    """The files of an export into `folder`, which is just being made; arguments and errors as `write_export`."""
+    folder.mkdir(exist_ok=True)
     try:
         weights = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-        save_file(weights, aside / "model.safetensors")
-        description = {"kind": kind, "version": __version__, "config": config, **extra}
-        (aside / "config.json").write_text(json.dumps(description, indent=2) + "\n")
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        save_file(weights, folder / "model.safetensors")
+    except SafetensorError as error:  # what it makes of a full disk
+        raise OSError(errno.EIO, str(error)) from None
+    write_json(folder / "config.json", {"kind": kind, "version": __version__, "config": config, **extra})
 
 
 def is_export(path: str | Path) -> bool:

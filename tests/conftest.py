@@ -1,5 +1,6 @@
 """A whole model with random weights, small enough to sample from in a blink."""
 
+import subprocess
 from collections.abc import Callable
 
 import pytest
@@ -53,3 +54,15 @@ def release(make_pipeline, tmp_path_factory):
 def home(tmp_path_factory):
     """The root of a small training set with its config; nobody changes what is in it."""
     return make_home(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of its own, of two megabytes."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True)
+    if made.returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)

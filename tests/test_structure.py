@@ -14,6 +14,7 @@ import mixar
 ROOT = Path(mixar.__file__).parent
 FLOORS = (
     "errors draws ops",
+    "files",
     "config weights dist",
     "codecs prior mixing",
     "model",

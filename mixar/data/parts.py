@@ -5,7 +5,6 @@ Layout: `part-00000/{shard.00000.mds, ..., index.json, part.json}`, ..., and a r
 
 import json
 import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from streaming import MDSWriter
 from tqdm import tqdm
 
 from mixar.errors import UserError
+from mixar.files import write_json
 
 HASH = "xxh3_64"
 RowsOf = Callable[[range, dict[str, Any]], Iterator[dict[str, Any]]]
@@ -112,9 +112,3 @@ class Parts:
             "or make room, and the same command goes on where this one stopped"
         )
 
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` to `path`: the old content or the new, never half of it."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # ranks on other hosts may have this process id
-    aside.write_text(json.dumps(value, indent=1) + "\n")
-    aside.replace(path)

@@ -13,10 +13,11 @@ from streaming import LocalDataset
 from mixar import draws
 from mixar.config import Config
 from mixar.data.manifest import check_manifest, read_manifest
-from mixar.data.parts import Parts, write_json
+from mixar.data.parts import Parts
 from mixar.data.shards import code_dtype
 from mixar.draws import Stream
 from mixar.errors import UserError
+from mixar.files import write_json
 from mixar.mixing import Masking, ratio_quantile
 from mixar.prior import Prior, fill
 from mixar.weights import fingerprint

@@ -15,7 +15,7 @@ from torch import Tensor
 from mixar.config import DataConfig
 from mixar.data.images import adm_crop, open_images
 from mixar.errors import UserError
-from mixar.evaluation.files import replacing
+from mixar.files import replacing
 
 
 @dataclass(frozen=True)

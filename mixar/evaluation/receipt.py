@@ -1,6 +1,5 @@
 """What a score is called, and the receipt from which it can be measured again."""
 
-import json
 import platform
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -10,7 +9,7 @@ from typing import Any
 
 import mixar
 from mixar.evaluation.extractors import INCEPTION
-from mixar.evaluation.files import replacing
+from mixar.files import write_json
 
 FID_IMAGES = 50_000  # the number of samples that FIDs in papers are of
 
@@ -58,5 +57,4 @@ def write_receipt(path: str | Path, scores: dict[str, Any], provenance: Provenan
         "versions": {"mixar": mixar.__version__, **versions, "python": platform.python_version()},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    with replacing(path) as part:
-        part.write_text(json.dumps(receipt, indent=2, ensure_ascii=False) + "\n")
+    write_json(path, receipt)

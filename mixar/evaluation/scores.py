@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from mixar.errors import UserError
 from mixar.evaluation.extractors import INCEPTION, INCEPTION_FEATURES, Extractor
-from mixar.evaluation.files import replacing
+from mixar.files import replacing
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """From labels and seeds to images: the released model as one object."""
 
 import copy
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,10 +24,11 @@ from mixar.config import (
 )
 from mixar.dist import fast_precision
 from mixar.errors import UserError
+from mixar.files import creating_folder
 from mixar.model import Diffusion, MixAR, pack_linears, unpatchify
 from mixar.prior import Prior, keyed_draws, load_prior, sample_codes
 from mixar.sampling.autoregressive import compiled_predict, predict, sample_tokens
-from mixar.weights import is_export, load_strict, read_export, write_export
+from mixar.weights import is_export, load_strict, read_export, write_network
 
 
 class MixARPipeline:
@@ -118,25 +118,14 @@ class MixARPipeline:
         Raises:
             UserError: the folder exists.
         """
-        folder = Path(path)
-        if folder.exists():
-            raise UserError(f"{folder} exists: remove it, or export to another folder with --out")
-        aside = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(aside, ignore_errors=True)
         about |= {"latents": {"mean": self.norm.mean.tolist(), "std": self.norm.std.tolist()}}
-        write_export(
-            aside,
-            "mixar",
-            to_dict(self.model.config) | {"attention": "auto"},  # what trained it need not be where it is sampled from
-            self.model.state_dict(),
-            sample=to_dict(self.settings),
-            **about,
-        )
-        for kind, network in (("vae", self.vae), ("tokenizer", self.tokenizer), ("prior", self.prior)):
-            if network is not None:  # where its weights once lay means nothing to who gets the folder
-                write_export(aside / kind, kind, to_dict(network.config) | {"weights": None}, network.state_dict())
-        aside.rename(folder)
-        return folder
+        model = to_dict(self.model.config) | {"attention": "auto"}  # what trained it need not be where it samples
+        with creating_folder(path) as aside:
+            write_network(aside, "mixar", model, self.model.state_dict(), sample=to_dict(self.settings), **about)
+            for kind, network in (("vae", self.vae), ("tokenizer", self.tokenizer), ("prior", self.prior)):
+                if network is not None:  # where its weights once lay means nothing to who gets the folder
+                    write_network(aside / kind, kind, to_dict(network.config) | {"weights": None}, network.state_dict())
+        return Path(path)
 
     def with_settings(self, **changes: Any) -> "MixARPipeline":
         """The same networks under other settings of `SampleConfig`, such as guidance=2.0, or **PRESETS["fast"].

@@ -29,8 +29,8 @@ from mixar.errors import UserError
 from mixar.evaluation import evaluate
 from mixar.evaluation.classifier import save_classifier, train_classifier
 from mixar.evaluation.extractors import Extractor, make_extractor
-from mixar.evaluation.files import replacing
 from mixar.evaluation.scores import Features, accumulate
+from mixar.files import replacing, write_json
 from mixar.plan import parameter_count
 from mixar.sampling import MixARPipeline
 from mixar.train import train
@@ -116,7 +116,7 @@ class Demo:
         begun = time.monotonic()
         yield True
         self.stages[name] = round(time.monotonic() - begun, 1)
-        _write(self.out / "stages.json", self.stages)
+        write_json(self.out / "stages.json", self.stages)
 
     def train(self, name: str, share: float) -> None:
         with self.stage(name) as todo:
@@ -211,7 +211,7 @@ def run_demo(demo: Demo) -> dict[str, Any]:
         },
         "environment": environment(),
     }  # fmt: skip
-    _write(demo.out / "report.json", report)
+    write_json(demo.out / "report.json", report)
     return report
 
 
@@ -269,7 +269,7 @@ def compare(demo: Demo) -> list[dict[str, Any]]:
             "seconds_a_step": median_step(demo.out / name, cfg.train.batch), "seconds_an_image": elapsed / len(labels),
             "fid": score["distance"]["value"], "accuracy": score["accuracy"],
         })  # fmt: skip
-    _write(demo.out / "compare.json", {"rows": rows, "extractor": extractor.label, "environment": environment()})
+    write_json(demo.out / "compare.json", {"rows": rows, "extractor": extractor.label, "environment": environment()})
     return rows
 
 
@@ -332,8 +332,3 @@ def _nth(labels: Tensor, label: int, n: int) -> int:
     """The place of the n-th image of `label`, of the last one there is, or of any image where the class has none."""
     places = (labels == label).nonzero()[:, 0]
     return int(places[min(n, len(places) - 1)]) if len(places) else n
-
-
-def _write(path: Path, values: Any) -> None:
-    with replacing(path) as aside:
-        aside.write_text(json.dumps(values, indent=2) + "\n")

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from mixar.config import ORDERS, PRECISIONS, PRESETS, SampleConfig, load_config, to_dict
 from mixar.errors import UserError
-from mixar.evaluation.files import replacing
 from mixar.evaluation.images import write_npz
+from mixar.files import replacing, write_json
 from mixar.model import Diffusion
 from mixar.sampling import MixARPipeline, find_export
 from mixar.weights import fingerprint, is_export
@@ -199,8 +199,7 @@ class Drawing:
     def _claim(self, folder: Path) -> None:
         """Write down how the samples in `folder` are drawn, unless it holds others."""
         self._refuse_others(folder)
-        with replacing(folder / RECORD) as part:
-            part.write_text(json.dumps(self.record, indent=2) + "\n")
+        write_json(folder / RECORD, self.record)
 
     def _refuse_others(self, folder: Path) -> None:
         record = self.record

@@ -19,7 +19,7 @@ from torch import Tensor
 from mixar.checkpoint import environment
 from mixar.config import PRESETS, to_dict
 from mixar.errors import UserError, did_you_mean
-from mixar.evaluation.files import replacing
+from mixar.files import replacing, write_json, write_text
 from mixar.verbs.drawing import AXES, Drawing, naming, parse_setting, place
 from mixar.verbs.plot import Mark, draw_plot
 from mixar.verbs.scoring import Scorer
@@ -111,8 +111,7 @@ def run_grid(drawing: Drawing, drawings: Drawings, scorer: Scorer, out: Path | N
             _write(file, head, rows)
         asked.append(row)
     text = table(asked)
-    with replacing(file.with_suffix(".md")) as aside:
-        aside.write_text(text + "\n")
+    write_text(file.with_suffix(".md"), text + "\n")
     with replacing(file.with_suffix(".png")) as aside:
         plot(asked).save(aside, "PNG")
     print(f"\n{text}\nthe grid: {file}, the table: {file.with_suffix('.md')}, the plot: {file.with_suffix('.png')}")
@@ -143,8 +142,7 @@ def read_rows(file: Path, head: dict[str, Any]) -> list[Row]:
 
 
 def _write(file: Path, head: dict[str, Any], rows: list[Row]) -> None:
-    with replacing(file) as part:
-        part.write_text(json.dumps({**head, "environment": environment(), "rows": rows}, indent=2) + "\n")
+    write_json(file, {**head, "environment": environment(), "rows": rows})
 
 
 @dataclass

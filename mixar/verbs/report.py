@@ -7,7 +7,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from mixar.evaluation.files import replacing
+from mixar.files import replacing
 
 SCALE, GAP, CAPTION = 2, 4, 210  # enlargement, and pixels between images and of the captions' column
 

@@ -99,18 +99,6 @@ def test_a_damaged_checkpoint_is_passed_over_by_all_ranks(home, whole, tmp_path,
     assert all(torch.equal(ema(run)[name], value) for name, value in ema(whole).items())
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A folder on a disk of its own, of two megabytes."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True)
-    if made.returncode:
-        pytest.skip("mounting a small disk needs root")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 def test_a_full_disk_keeps_the_last_checkpoint(home, small_disk, tmp_path) -> None:
     run, log = small_disk / "run", tmp_path / "log"
     command = train(home, run, "train.log_every=1")
