@@ -25,7 +25,7 @@ from mixar.checkpoint import complete_checkpoints
 from tests.home import make_home, rank_environments
 
 STEPS, CHECKPOINT_EVERY = 160, 4
-TIMES = ("images_per_second", "data_wait")
+TIMES = ("images_per_second", "data_wait", "time")
 
 
 @dataclass

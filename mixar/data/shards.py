@@ -20,13 +20,13 @@ from mixar import __version__
 from mixar.codecs import VAE, Tokenizer, posterior
 from mixar.config import Config
 from mixar.data.images import BrokenImageError, ImageSet, ImageSource
-from mixar.data.manifest import FORMAT, MANIFEST, Manifest, check_codecs, check_manifest, read_manifest
+from mixar.data.manifest import FORMAT, MANIFEST, Manifest, check_manifest, read_manifest
 from mixar.data.parts import Parts
 from mixar.errors import UserError
 from mixar.files import write_json
 from mixar.weights import fingerprint
 
-__all__ = ["Manifest", "check_codecs", "check_manifest", "prepare", "read_manifest", "verify"]
+__all__ = ["Manifest", "check_manifest", "prepare", "read_manifest", "verify"]
 
 BATCH = 32  # images encoded at once, each in both flips
 

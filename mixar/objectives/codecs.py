@@ -48,7 +48,7 @@ class CodecObjective(Drawn):
 
     def export(self, model: nn.Module, folder: Path, about: dict[str, Any]) -> None:
         section = getattr(self.cfg, self.kind)
-        write_export(folder, self.kind, to_dict(section) | {"weights": None}, model.state_dict(), **about)
+        write_export(folder, self.kind, to_dict(section) | {"weights": None}, model.state_dict(), replace=True, **about)
 
 
 class VAEObjective(CodecObjective):

@@ -28,7 +28,7 @@ from mixar.files import creating_folder
 from mixar.model import Diffusion, MixAR, pack_linears, unpatchify
 from mixar.prior import Prior, keyed_draws, load_prior, sample_codes
 from mixar.sampling.autoregressive import compiled_predict, predict, sample_tokens
-from mixar.weights import is_export, load_strict, read_export, write_network
+from mixar.weights import find_export, is_export, load_strict, read_export, write_network
 
 
 class MixARPipeline:
@@ -90,7 +90,7 @@ class MixARPipeline:
         pipeline = cls(
             model,
             load_vae(VAEConfig(weights=str(folder / "vae"))),
-            LatentNorm(torch.tensor(about["latents"]["mean"]), torch.tensor(about["latents"]["std"])),
+            LatentNorm.from_dict(about["latents"]),
             load_prior(PriorConfig(weights=str(folder / "prior"))) if guided else None,
             load_tokenizer(TokenizerConfig(weights=str(folder / "tokenizer"))) if guided else None,
             section_from_dict(SampleConfig, about["sample"], str(folder / "config.json")),
@@ -109,18 +109,19 @@ class MixARPipeline:
         every = {"model": self.model, "vae": self.vae, "tokenizer": self.tokenizer, "prior": self.prior}
         return {name: network for name, network in every.items() if network is not None}
 
-    def save_pretrained(self, path: str | Path, **about: Any) -> Path:
+    def save_pretrained(self, path: str | Path, replace: bool = False, **about: Any) -> Path:
         """Write model, codecs and prior as one folder of safetensors with a config.json each.
 
         Args:
+            replace: a folder of that name makes room for this one.
             about: further entries of config.json, such as the images seen.
 
         Raises:
             UserError: the folder exists.
         """
-        about |= {"latents": {"mean": self.norm.mean.tolist(), "std": self.norm.std.tolist()}}
+        about |= {"latents": self.norm.to_dict()}
         model = to_dict(self.model.config) | {"attention": "auto"}  # what trained it need not be where it samples
-        with creating_folder(path) as aside:
+        with creating_folder(path, replace) as aside:
             write_network(aside, "mixar", model, self.model.state_dict(), sample=to_dict(self.settings), **about)
             for kind, network in (("vae", self.vae), ("tokenizer", self.tokenizer), ("prior", self.prior)):
                 if network is not None:  # where its weights once lay means nothing to who gets the folder
@@ -236,20 +237,3 @@ class MixARPipeline:
     def _decode(self, tokens: Tensor) -> Tensor:
         latents = self.norm.denormalise(unpatchify(tokens, self.model.config.patch))
         return rearrange(to_uint8(self.vae.decode(latents)), "b h w c -> b c h w").cpu()
-
-
-def find_export(path: Path) -> Path:
-    """`path` itself where it is an export, else the newest below `path/exports`.
-
-    Raises:
-        UserError: neither is there.
-    """
-    if is_export(path):
-        return path
-    found = [file.parent for file in path.glob("exports/[0-9]*-ema/config.json")]
-    if not found:
-        raise UserError(
-            f"no export at {path}: give a folder with config.json and model.safetensors, or a run directory; "
-            f"`mixar export {path}` makes one of a run's newest checkpoint"
-        )
-    return max(found, key=lambda folder: int(folder.name.removesuffix("-ema")))
