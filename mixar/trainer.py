@@ -177,6 +177,7 @@ class _Task:
     def __init__(self, objective: Objective, cfg: Config) -> None:
         self.objective, self.seed = objective, cfg.seed
         self.build, self.decays = objective.build, objective.decays
+        self.survey = getattr(objective, "survey", None)
         self.given: dict[str, Tensor] = {}
         if cfg.init_from is not None:
             with torch.device("meta"):
