@@ -43,8 +43,8 @@ class Images:
                 shape = shape or image.shape
                 if image.shape != shape:
                     raise UserError(
-                        f"{printable(name)} is {image.shape[1]}x{image.shape[0]}, the first image {shape[1]}x{shape[0]}: "
-                        "scores need one size, give the one to crop all of them to"
+                        f"{printable(name)} is {image.shape[1]}x{image.shape[0]}, the first image "
+                        f"{shape[1]}x{shape[0]}: scores need one size, give the one to crop all of them to"
                     )
             yield rearrange(torch.from_numpy(np.stack([image for _, image in chunk])), "b h w c -> b c h w")
 

@@ -69,7 +69,7 @@ class Npz:
         if dtype.hasobject:
             raise UserError(f"{what} holds python objects, which may run code: save it as an array of numbers")
         if min(shape, default=0) < 0 or member.tell() + math.prod(shape) * dtype.itemsize != info.file_size:
-            raise UserError(f"{what} is not as long as its shape {list(shape)} says: the file is broken, fetch it again")
+            raise UserError(f"{what} is not as long as its shape {list(shape)} says: fetch the file again")
         if info.file_size > max(SMALL, LARGEST_RATIO * info.compress_size):
             raise UserError(
                 f"{what} would grow from {info.compress_size:,} to {info.file_size:,} bytes, as no images do: take it "
