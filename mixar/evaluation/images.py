@@ -103,14 +103,15 @@ def _labels(npz: Npz, count: int) -> Tensor | None:
 def write_npz(path: str | Path, batches: Iterable[Tensor], count: int, labels: Tensor | None = None) -> None:
     """Write `count` images, from batches uint8 [B, 3, H, W], in the form of ADM's evaluation, a batch at a time.
 
-    The npz holds `arr_0` uint8 [n, H, W, 3] and, with `labels` int [n], `arr_1`.
+    The npz holds `arr_0` uint8 [n, H, W, 3] and, with `labels` int [n], `arr_1`; no time, so the same images give the
+    same bytes.
 
     Raises:
         UserError: nothing can be written there.
     """
     written = 0
     with replacing(path) as part, zipfile.ZipFile(part, "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
             for images in batches:
                 rows = rearrange(images, "b c h w -> b h w c").cpu().contiguous().numpy()
                 if written == 0:
@@ -119,6 +120,6 @@ def write_npz(path: str | Path, batches: Iterable[Tensor], count: int, labels: T
                 member.write(rows.tobytes())
                 written += len(rows)
         if labels is not None:
-            with archive.open("arr_1.npy", "w") as member:
+            with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
                 np.lib.format.write_array(member, labels.cpu().long().numpy())
         assert written == count, f"{written} images came, {count} were announced"

@@ -116,7 +116,8 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     values, vectors = torch.linalg.eigh(a.cov)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
     trace = torch.linalg.eigvalsh(root @ b.cov @ root).clamp_min(0).sqrt().sum()
-    return ((a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * trace).item()
+    distance = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * trace
+    return max(0.0, distance.item())  # of equal sets, rounding leaves either sign
 
 
 def inception_score(logits: Tensor) -> tuple[float, float]:

@@ -118,10 +118,11 @@ def run_grid(drawing: Drawing, drawings: Drawings, scorer: Scorer, out: Path | N
             _write(file, head, rows)
         asked.append(row)
     text = table(asked)
+    print(f"\n{text}", flush=True)
     write_text(file.with_suffix(".md"), text + "\n")
     with replacing(file.with_suffix(".png")) as aside:
         plot(asked).save(aside, "PNG")
-    print(f"\n{text}\nthe grid: {file}, the table: {file.with_suffix('.md')}, the plot: {file.with_suffix('.png')}")
+    print(f"the grid: {file}, the table: {file.with_suffix('.md')}, the plot: {file.with_suffix('.png')}")
 
 
 def receipt_of(part: Drawing, grid: Path) -> Path:
@@ -251,7 +252,8 @@ def plot(rows: list[Row]) -> Image.Image:
     for row in rows:
         distance, settings = row["distance"], row["settings"]
         values = [str(settings[name]) for name in ("preset", *axes) if name in settings]
-        x, y, low, high = row["seconds"], distance["mean"], distance["lowest"], distance["highest"]
+        x, ends = row["seconds"], (distance["mean"], distance["lowest"], distance["highest"])
+        y, low, high = (max(end, 1e-6) for end in ends)  # the axis is logarithmic
         marks.append(Mark(x, y, low, high, " / ".join(values), "preset" in settings, row in front))
     note = f"line: Pareto front; labels: {' / '.join(axes) or 'presets'}"
     return draw_plot(marks, "seconds an image", rows[0]["distance"]["name"], note)
