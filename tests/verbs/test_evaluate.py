@@ -312,6 +312,27 @@ def test_grid_goes_on_where_it_stopped(grid, run_dir):
     assert len(text.strip().splitlines()) == 3
 
 
+def test_a_grid_is_of_weights_not_of_paths(mixar, grid, run_dir, folder, classifier, tmp_path):
+    found, text, _ = grid("steps=2")
+    file, copied = run_dir / "eval" / "0-6-grid.json", shutil.copytree(run_dir / "exports" / "7-ema", tmp_path / "copy")
+    (row,) = found["rows"]
+    old = {name: value for name, value in row["sampling"].items() if name != "solver"}  # a setting that came later
+    del found["latents"]
+    file.write_text(json.dumps(found | {"rows": [row | {"sampling": old}]}))
+    command = ("evaluate", copied, "--count", 6, "--reference", folder, "--extractor", classifier, "--grid", "steps=2")
+    status, said, complaint = mixar(*command, "--out", file)
+    assert status == 0 and text in said and "[1/1]" not in said, complaint
+    assert json.loads(file.read_text())["rows"] == [row]
+
+
+def test_equal_sets_have_a_grid(mixar, run_dir, classifier):
+    flags = ("--count", 4, "--steps", 1, "--extractor", classifier)
+    assert mixar("sample", run_dir, *flags[:4])[0] == 0
+    drawn = run_dir / "samples" / "0-4-steps-1"
+    status, said, _ = mixar("evaluate", run_dir, *flags[:2], *flags[4:], "--reference", drawn, "--grid", "steps=1")
+    assert status == 0 and "| 0.000" in said  # a distance that no logarithm takes
+
+
 def test_grid_refusals(mixar, refused, run_dir, folder, classifier, tmp_path, make_pipeline):
     common = ("--reference", folder, "--extractor", classifier)
     run = ("evaluate", run_dir, *common, "--count", 6)
