@@ -25,6 +25,7 @@ from mixar.evaluation.images import write_npz
 from mixar.files import replacing, sync, write_json
 from mixar.model import Diffusion
 from mixar.sampling import MixARPipeline, find_export
+from mixar.verbs.process import check_writable
 from mixar.weights import fingerprint, is_export
 
 RECORD = "sampling.json"
@@ -173,10 +174,11 @@ class Drawing:
         """Find before anything is drawn what `write(folder)` would refuse.
 
         Raises:
-            UserError: settings or labels that this model cannot follow, or a folder of samples drawn otherwise.
+            UserError: settings or labels that this model cannot follow, or a folder of samples drawn otherwise or that
+                cannot be written.
         """
-        self.pipeline.checked(self.labels, self.seeds)
-        self._refuse_others(self.folder)
+        check_writable(self.folder / RECORD)
+        self._refuse(self.folder)
 
     def write(self, folder: Path, watch: Callable[[Iterator[Tensor]], Iterator[Tensor]] = iter) -> list[Path]:
         """Draw those of the PNGs `<seed>-<label>.png` that `folder` does not hold yet; returns all, in order of seed.
@@ -231,10 +233,11 @@ class Drawing:
 
     def _claim(self, folder: Path) -> None:
         """Write down how the samples in `folder` are drawn, unless it holds others."""
-        self._refuse_others(folder)
+        self._refuse(folder)
         write_json(folder / RECORD, self.record)
 
-    def _refuse_others(self, folder: Path) -> None:
+    def _refuse(self, folder: Path) -> None:
+        self.pipeline.checked(self.labels, self.seeds)
         if not (any(folder.glob("*.png")) or (folder / NPZ).exists() or (folder / PARTS).exists()):
             return
         before = read_record(folder)

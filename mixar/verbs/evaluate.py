@@ -1,4 +1,4 @@
-"""Score images against a reference: Fréchet distance, Inception Score, precision and recall, with a JSON receipt.
+"""Score images against a reference: Frechet distance, Inception Score, precision and recall, with a JSON receipt.
 
     mixar evaluate runs/mixar_l --reference imagenet.npz                           draws 50,000 images and scores them
     mixar evaluate --samples DIR --reference DIR --crop 256                        scores what is there
@@ -18,9 +18,9 @@ from pathlib import Path
 from mixar.errors import UserError
 from mixar.evaluation.receipt import FID_IMAGES
 from mixar.verbs.drawing import AXES, Drawing, add_sampling_arguments, place, sampling_flags
-from mixar.verbs.grid import DEFAULT, Settings, grid_drawings, parse_grid, run_grid
+from mixar.verbs.grid import DEFAULT, Drawings, grid_drawings, parse_grid, run_grid
 from mixar.verbs.process import check_writable, interruptible
-from mixar.verbs.scoring import Scorer, open_samples
+from mixar.verbs.scoring import Scorer, open_reference, open_samples
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,37 +46,37 @@ def run(args: argparse.Namespace) -> None:
     for file in filter(None, (out, kept)):
         check_writable(file)
     # whatever may be wrong is found before the reference is read and before anything is drawn: both take long
-    scorer = Scorer.of(args)
+    opened = open_reference(args.reference, args.crop)
     if args.path:
-        score_drawing(Drawing.of(args, FID_IMAGES), points, args.repeats or 1, scorer, out, kept)
+        drawing = Drawing.of(args, FID_IMAGES)
+        drawings = grid_drawings(drawing, points, args.repeats or 1)
+        score_drawing(drawing, drawings, Scorer.of(args, opened), out, kept)
     elif args.samples:
         samples = Path(args.samples)
         images, *_ = open_samples(samples)
+        scorer = Scorer.of(args, opened)
         receipt = out or samples.with_name(f"{samples.name}.eval.json")
         scorer.check(next(iter(images)).shape[2:], images.count)
         scorer.check_receipt(receipt)
         save(scorer, kept)
         scorer.score(samples, receipt)
     else:
-        save(scorer, kept)
+        save(Scorer.of(args, opened), kept)
 
 
-def score_drawing(
-    drawing: Drawing, points: list[Settings], repeats: int, scorer: Scorer, out: Path | None, kept: Path | None
-) -> None:
-    """Draw and score, at each of the `points` of a grid where there are any."""
-    drawings = grid_drawings(drawing, points, repeats)
+def score_drawing(drawing: Drawing, drawings: Drawings, scorer: Scorer, out: Path | None, kept: Path | None) -> None:
+    """Draw and score, at each point of a grid where there are any."""
     scorer.check((drawing.pipeline.vae.config.image_size,) * 2, drawing.count)
-    if not points:
-        drawing.check()
-        receipt = out or place(drawing.path, "eval") / f"{drawing.name}.json"
-        scorer.check_receipt(receipt)
-    save(scorer, kept)
-    if points:
+    if drawings:
+        save(scorer, kept)
         run_grid(drawing, drawings, scorer, out)
-    else:
-        drawing.write(drawing.folder)
-        scorer.score(drawing.folder, receipt)
+        return
+    drawing.check()
+    receipt = out or place(drawing.path, "eval") / f"{drawing.name}.json"
+    scorer.check_receipt(receipt)
+    save(scorer, kept)
+    drawing.write(drawing.folder)
+    scorer.score(drawing.folder, receipt)
 
 
 def save(scorer: Scorer, file: Path | None) -> None:

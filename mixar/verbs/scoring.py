@@ -32,13 +32,8 @@ class Scorer:
     reconstructions: bool
 
     @classmethod
-    def of(cls, args: argparse.Namespace) -> "Scorer":
-        """As the flags name it.
-
-        Raises:
-            UserError: no such reference or extractor, or a crop of what is never cropped.
-        """
-        opened = open_reference(args.reference, args.crop)
+    def of(cls, args: argparse.Namespace, opened: Images | Statistics) -> "Scorer":
+        """As the flags name it; `opened` is the reference. UserError for an extractor that is not there."""
         extractor = make_extractor(args.extractor, dist.find().device)
         return cls(extractor, opened, args.reference, args.crop, args.reconstructions)
 
@@ -53,7 +48,7 @@ class Scorer:
         """Keep the reference's statistics. UserError where nothing can be written there."""
         known = self.reference if isinstance(self.reference, Statistics) else self.reference.statistics()
         known.save(file)
-        print(f"statistics of {known.n} images: {file}")
+        print(f"statistics{f' of {known.n} images' if known.n else ''}: {file}")
 
     def check(self, size: tuple[int, ...], count: int) -> None:
         """Find before the reference is read or anything is drawn what scoring `count` images would refuse.

@@ -209,6 +209,7 @@ def test_as_a_program(run_dir):
 )
 def test_refusals(refused, run_dir, flags, says):
     assert says in refused("sample", run_dir, *flags)
+    assert not (run_dir / "samples").exists()
     assert "samples of other" not in refused("sample", run_dir, "--steps", 0)
 
 
