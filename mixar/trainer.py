@@ -211,6 +211,7 @@ class _Task:
     def __init__(self, objective: Objective, cfg: Config, fresh: bool) -> None:
         self.objective, self.seed = objective, cfg.seed
         self.build, self.decays = objective.build, objective.decays
+        self.survey = getattr(objective, "survey", None)
         self.given: dict[str, Tensor] = {}
         if cfg.init_from is not None and fresh:  # what resumes has weights of its own
             with torch.device("meta"):

@@ -71,7 +71,8 @@ class MixARPipeline:
         On a CPU its linear layers run on packed weights, which take their memory once more (`pack_linears`).
 
         Raises:
-            UserError: no export there, or one that is torn, of another kind or without the codecs and the prior.
+            UserError: no export there, or one that is torn, of another kind, without the codecs and the prior, or of
+                weights that are not finite.
         """
         folder = find_export(Path(path))
         about, state = read_export(folder, "mixar")
@@ -98,8 +99,13 @@ class MixARPipeline:
             precision,
             compile,
         )
-        if not compile:
-            for network in pipeline.networks.values():
+        for name, network in pipeline.networks.items():
+            if not all(value.isfinite().all() for value in network.state_dict().values()):
+                raise UserError(
+                    f"the weights of the {name} in {folder} are not finite: its training went wrong; export an earlier "
+                    "checkpoint, or train it again with a lower optim.lr"
+                )
+            if not compile:
                 pack_linears(network)
         return pipeline
 
@@ -155,7 +161,8 @@ class MixARPipeline:
             uint8 [B, 3, H, W].
 
         Raises:
-            UserError: labels out of range, not as many seeds as labels, or settings that this model cannot follow.
+            UserError: labels out of range, not as many seeds as labels, settings that this model cannot follow, or
+                images that are not finite.
         """
         return torch.cat(list(self.stream(labels, seeds, codes, progress)))
 
@@ -192,6 +199,8 @@ class MixARPipeline:
         """Discrete tokens [B, N] through their own tokenizer: uint8 [B, 3, H, W]."""
         assert self.tokenizer is not None, "decoding discrete tokens needs the tokenizer"
         images = [self.tokenizer.decode(codes[b].to(self.device)).float().cpu() for b in self._batches(len(codes))]
+        for decoded in images:
+            _require_finite(tokenizer=decoded)
         return (torch.cat(images).clamp(0, 1) * 255).byte()  # MaskBit truncates
 
     def checked(self, labels: Tensor | Sequence[int], seeds: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -236,4 +245,16 @@ class MixARPipeline:
     @torch.no_grad()
     def _decode(self, tokens: Tensor) -> Tensor:
         latents = self.norm.denormalise(unpatchify(tokens, self.model.config.patch))
-        return rearrange(to_uint8(self.vae.decode(latents)), "b h w c -> b c h w").cpu()
+        images = self.vae.decode(latents)
+        _require_finite(model=tokens, vae=images)
+        return rearrange(to_uint8(images), "b h w c -> b c h w").cpu()
+
+
+def _require_finite(**outputs: Tensor) -> None:
+    """UserError that names the first network whose output is not finite: as pixels, it would be black images."""
+    for name, output in outputs.items():
+        if not output.isfinite().all():
+            raise UserError(
+                f"the {name} gave values that are not finite: see that its weights are, then try precision fp32, or "
+                "less guidance or temperature"
+            )
