@@ -100,11 +100,11 @@ def test_yaml_round_trip(file: Path) -> None:
         (["train.batch={"], "cannot be read"),
         # impossible values
         (["model.guidance=dcmix"], "write one of none, dc_mix, dc_sa, dc_ca"),
-        (["train.batch=0"], "write a value of at least 1"),
-        (["train.epochs=nan"], "write a value of at least 0"),
+        (["train.batch=0"], "write a value from 1 to 16777216"),
+        (["train.epochs=nan"], "write a value from 0 to 1000000"),
         (["mask.minimum=1.5"], "write a value from 0 to 1"),
-        (["prior.splits=0"], "write a value of at least 1"),
-        (["model.encoder_heads=0"], "write a value of at least 1"),
+        (["prior.splits=0"], "write a value from 1 to "),
+        (["model.encoder_heads=0"], "write a value from 1 to "),
         (["optim.betas=[0.9]"], "as in optim.betas=[0.9,0.95]"),
         (["vae.multipliers=[]"], "as in vae.multipliers=[1,2,4]"),
         # impossible combinations
