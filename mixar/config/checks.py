@@ -9,7 +9,7 @@ from mixar.config.knobs import Config, SampleConfig
 from mixar.config.respacing import respaced_steps
 from mixar.errors import UserError
 
-_LEVELS = 10  # of a codec
+_LEVELS = 15  # of a codec, which halve the largest image to one position
 
 
 def validate(config: Config) -> None:
@@ -68,7 +68,7 @@ def _check_each(section: Any, prefix: str = "") -> None:
                 raise UserError(f"{key}={value} is not known: write one of {', '.join(field.metadata['choices'])}")
         elif isinstance(value, str):
             _check_text(key, value)
-        elif value is not None and not isinstance(value, bool):
+        elif key not in _FOLLOWS and value is not None and not isinstance(value, bool):
             low, high = field.metadata["limits"]
             if not all(low <= number <= high for number in (value if isinstance(value, list) else [value])):
                 raise UserError(f"{key}={value} is out of range: write a value from {low} to {high}")
@@ -103,15 +103,12 @@ def _check_values(config: Config) -> None:
 def _check_networks(config: Config) -> None:
     """Widths, heads, strides and bits that divide."""
     model, prior = config.model, config.prior
-    for name, width, heads in (
-        ("model.encoder", model.encoder_width, model.encoder_heads),
-        ("model.decoder", model.decoder_width, model.decoder_heads),
-        ("prior.", prior.width, prior.heads),
-    ):
+    for part in ("model.encoder_", "model.decoder_", "prior."):
+        width, heads = get(config, f"{part}width"), get(config, f"{part}heads")
         if width % heads:
             raise UserError(
-                f"{name.rstrip('.')} width {width} does not divide into {heads} heads: "
-                f"write {name}{'' if name.endswith('.') else '_'}heads={_divisor(width, heads)}"
+                f"{part}width={width} does not divide into {part}heads={heads}: "
+                f"write {part}heads={_divisor(width, heads)}"
             )
     if model.attention in ("fa3", "fa4") and model.dropout > 0:
         raise UserError(
@@ -190,7 +187,7 @@ def images_a_pass(config: Config, ranks: int) -> int:
         among = "" if ranks == 1 else f" on {ranks} ranks"
         raise UserError(
             f"mask.group={mask.group} does not divide the micro-batch {micro}{among}: "
-            f"write mask.group={math.gcd(mask.group, micro)}"
+            f"write mask.group={math.gcd(mask.group, micro)}, or a train.micro_batch that it divides"
         )
     return micro
 

@@ -59,13 +59,13 @@ class VAEConfig:
     weights: str | None = None  # an export folder, or a public checkpoint file
     width: int = _number(128, 1, _WIDTH)
     multipliers: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4], metadata=_range(1, 64))
-    blocks: int = _number(2, 1, _DEPTH)  # residual blocks a level in the encoder; the decoder has one more
+    blocks: int = _number(2, 1, 64)  # residual blocks a level in the encoder; the decoder has one more
     # feature-map sides with self-attention
     attention: list[int] = field(default_factory=lambda: [16], metadata=_range(1, _SIDE))
     decoder_attention: bool = True  # False: MAR's KL-16 has it in the decoder's middle only
     latent_channels: int = _number(32, 1, _WIDTH)
     latent_scale: float | None = _number(None, 1e-6, 1e6)  # MAR's 0.2325; None: by channel, of the shards
-    image_size: int = _number(II("data.image_size"), 1, _SIDE)
+    image_size: int = II("data.image_size")
     kl_weight: float = _number(1e-6, 0, 1e6)  # training only
 
     @property
@@ -81,10 +81,10 @@ class TokenizerConfig:
     weights: str | None = None
     width: int = _number(128, 1, _WIDTH)
     multipliers: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4], metadata=_range(1, 64))
-    blocks: int = _number(2, 1, _DEPTH)
-    decoder_blocks: int | None = _number(None, 1, _DEPTH)  # None: as many as `blocks`
+    blocks: int = _number(2, 1, 64)
+    decoder_blocks: int | None = _number(None, 1, 64)  # None: as many as `blocks`
     bits: int = _number(14, 1, 24)
-    image_size: int = _number(II("data.image_size"), 1, _SIDE)
+    image_size: int = II("data.image_size")
     commitment_weight: float = _number(0.25, 0, 1e6)  # training only, as the three below
     entropy_weight: float = _number(0.02, 0, 1e6)
     entropy_temperature: float = _number(0.01, 1e-6, 1e6)
@@ -107,10 +107,10 @@ class PriorConfig:
     mlp_width: int = _number(4096, 1, _WIDTH)
     dropout: float = _number(0.1, 0, 0.99)
     prenorm: bool = False  # all public models are post-norm
-    bits: int = _number(II("tokenizer.bits"), 1, 24)
+    bits: int = II("tokenizer.bits")
     splits: int = _number(2, 1, 24)  # sub-tokens a position
-    grid: int = _number(II("model.grid"), 1, _SIDE)
-    classes: int = _number(II("data.classes"), 1, _CLASSES)
+    grid: int = II("model.grid")
+    classes: int = II("data.classes")
     class_drop_prob: float = _number(0.1, 0, 1)
     label_smoothing: float = _number(0.1, 0, 1)
 
@@ -122,9 +122,9 @@ class ModelConfig:
     guidance: str = _word("dc_mix", *GUIDANCES)
     grid: int = _number(16, 1, _SIDE)  # token positions along a side
     patch: int = _number(1, 1, _SIDE)  # latent cells along a side of a token
-    latent_channels: int = _number(II("vae.latent_channels"), 1, _WIDTH)
-    code_bits: int = _number(II("tokenizer.bits"), 1, 24)
-    classes: int = _number(II("data.classes"), 1, _CLASSES)
+    latent_channels: int = II("vae.latent_channels")
+    code_bits: int = II("tokenizer.bits")
+    classes: int = II("data.classes")
     class_tokens: int = _number(64, 1, _WIDTH)
     encoder_width: int = _number(768, 1, _WIDTH)
     encoder_depth: int = _number(12, 1, _DEPTH)

@@ -4,6 +4,7 @@ import dataclasses
 import re
 import sys
 import typing
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +27,7 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
     Raises:
         UserError: a file that is missing or no yaml, an unknown key, a wrong type, an impossible combination.
     """
-    merged = OmegaConf.structured(Config)
+    merged = _defaults()
     layers = [] if path is None else [(_read_yaml(Path(path)), str(path))]
     trusting = any(values.pop("trust_pickle", False) for values, _ in layers)
     layers += [(_read_override(text), text) for text in overrides or []]
@@ -76,6 +77,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 def to_yaml(config: Config) -> str:
     """The whole resolved config as yaml, for `load_config`; trust in pickles is never among it."""
     return OmegaConf.to_yaml(OmegaConf.create(_literal(to_dict(config) | {"trust_pickle": False})))
+
+
+@cache
+def _defaults() -> Any:
+    return OmegaConf.structured(Config)  # takes longer than all that follows
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

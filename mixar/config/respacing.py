@@ -35,6 +35,7 @@ def respaced_steps(spec: str, steps: int = STEPS) -> list[int]:
         if size < count:
             raise UserError(
                 f"sample.diffusion_steps={spec}: a section of {size} steps cannot hold {count}; write {size} or fewer"
+                + (f", or sample.diffusion_start={STEPS - 1}" if steps < STEPS else "")
             )
         spacing = (size - 1) / (count - 1) if count > 1 else 1.0
         offset = 0.0  # accumulated, as the reference does: the rounding below depends on it
