@@ -70,7 +70,8 @@ def _check_each(section: Any, prefix: str = "") -> None:
             _check_text(key, value)
         elif key not in _FOLLOWS and value is not None and not isinstance(value, bool):
             low, high = field.metadata["limits"]
-            if not all(low <= number <= high for number in (value if isinstance(value, list) else [value])):
+            numbers = value if isinstance(value, list) else [value]
+            if not all(isinstance(number, int | float) and low <= number <= high for number in numbers):
                 raise UserError(f"{key}={value} is out of range: write a value from {low} to {high}")
 
 

@@ -173,6 +173,8 @@ def _check_keys(values: dict[str, Any], schema: type, source: str, prefix: str =
             similar = did_you_mean(str(key), fields).replace("'", f"'{prefix}", 1)
             hint = f" Did you mean {' or '.join(homes)}?" if homes else similar
             raise UserError(f"{source}: unknown key '{prefix}{key}'.{hint or ' Known: ' + ', '.join(fields)}")
+        if value == "???":
+            raise UserError(f"{source}: '{prefix}{key}' has no value, ??? stands for none: write {prefix}{key}=<value>")
         if dataclasses.is_dataclass(fields[key]):
             if not isinstance(value, dict):
                 inner = next(iter(typing.get_type_hints(fields[key])))
