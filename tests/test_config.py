@@ -198,7 +198,7 @@ def test_an_extreme_value_is_refused_by_its_name_or_can_be_planned_with(file: Pa
         (["optim.betas=[nan,0.9]"], "write a value from 0 to 0.999999"),
         (["optim.ema=1"], "write a value from 0 to 0.9999999"),
         (["optim.weight_decay=-5"], "write a value from 0 to 1000"),
-        (["seed=9223372036854775808"], "write a value from 0 to 9223372036854775807"),
+        (["seed=9223372036854775808"], "write a value from 0 to 4294967295"),
         (["vae.multipliers=5"], "Write vae.multipliers=<list[int]>."),
         (["vae.multipliers=[nan]"], "Write vae.multipliers=<list[int]>."),
         (["vae.multipliers=[null]"], "Write vae.multipliers=<list[int]>."),

@@ -254,7 +254,7 @@ class Config:
 
     task: str = _word("mixar", *TASKS)  # what is trained
     run_dir: str = "runs/default"
-    seed: int = _number(0, 0, 2**63 - 1)
+    seed: int = _number(0, 0, 2**32 - 1)
     trust_pickle: bool = False  # read checkpoints that hold more than tensors, which runs code from the file
     init_from: str | None = None  # weights to start from, by name; what is missing or misshapen starts new
     data: DataConfig = field(default_factory=DataConfig)
