@@ -13,8 +13,9 @@ import mixar
 
 ROOT = Path(mixar.__file__).parent
 FLOORS = (
-    "errors draws ops",
-    "files",
+    "errors draws",
+    "resources",
+    "ops files",
     "config weights dist",
     "codecs prior mixing",
     "model",

@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mixar.config.checks import get, validate
 from mixar.config.knobs import Config
 from mixar.errors import UserError, did_you_mean
+from mixar.resources import find_config
 
 Section = TypeVar("Section")
 
@@ -58,12 +59,8 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
 
 
-def _read_yaml(path: str | Path | None) -> dict[str, Any]:
-    file = Path(str(path))
-    if not file.is_file():
-        known = sorted(str(p) for p in file.parent.glob("*.yaml")) if file.parent.is_dir() else []
-        hint = did_you_mean(str(file), known) or f" There: {', '.join(known) or 'none'}"
-        raise UserError(f"no config file at {file}.{hint}")
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    file = find_config(path)
     try:
         loaded = OmegaConf.load(file)
     except Exception as error:  # yaml's own family of errors, which only omegaconf's dependency names

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixar import dist
+from mixar import dist, resources
 from mixar.checkpoint import environment
 from mixar.codecs import load_tokenizer, load_vae
 from mixar.config import Config, load_config
@@ -36,7 +36,7 @@ from mixar.sampling import MixARPipeline
 from mixar.train import train
 from mixar.verbs.report import draw_report
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "demo"
+CONFIGS = resources.CONFIGS / "demo"
 DIGITS = 4500  # training images of the built-in set, which the configs' epochs are meant for
 COLUMNS = 20  # of the picture
 GUIDANCES = ("none", "dc_mix", "dc_sa", "dc_ca")
