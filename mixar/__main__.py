@@ -42,11 +42,7 @@ def _run(given: list[str]) -> int:
         verb = _parser().parse_args(given[:1]).verb
         prog = f"mixar {verb}"
         module = importlib.import_module(VERBS[verb][0])  # only this verb's libraries are imported
-        parser = argparse.ArgumentParser(
-            prog=prog, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        module.add_arguments(parser)
-        module.run(parser.parse_intermixed_args(given[1:]))
+        module.run(verb_parser(verb).parse_intermixed_args(given[1:]))
     except SystemExit as end:  # argparse's: after --help, or of a wrong flag
         return int(end.code or 0)
     except UserError as error:
@@ -61,6 +57,16 @@ def _run(given: list[str]) -> int:
         print(f"{prog}: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def verb_parser(verb: str) -> argparse.ArgumentParser:
+    """What reads the arguments of one of `VERBS`."""
+    module = importlib.import_module(VERBS[verb][0])
+    parser = argparse.ArgumentParser(
+        prog=f"mixar {verb}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    module.add_arguments(parser)
+    return parser
 
 
 def _parser() -> argparse.ArgumentParser:

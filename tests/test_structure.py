@@ -13,7 +13,7 @@ import mixar
 
 ROOT = Path(mixar.__file__).parent
 FLOORS = (
-    "errors draws",
+    "errors draws environment",
     "resources",
     "ops files",
     "config weights dist",

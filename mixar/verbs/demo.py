@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from mixar import dist, resources
-from mixar.checkpoint import environment
 from mixar.codecs import load_tokenizer, load_vae
 from mixar.config import Config, load_config
 from mixar.data.images import ImageSet, ImageSource, open_images, split, training_images
 from mixar.data.shards import prepare
+from mixar.environment import environment
 from mixar.errors import UserError
 from mixar.evaluation import evaluate
 from mixar.evaluation.classifier import save_classifier, train_classifier
