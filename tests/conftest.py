@@ -1,5 +1,6 @@
 """A whole model with random weights, small enough to sample from in a blink."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -72,6 +73,17 @@ def installed(tmp_path_factory) -> Path:
     subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", wheels, source], check=True)
     subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", site, *wheels.glob("*.whl")], check=True)
     return site
+
+
+@pytest.fixture(scope="session")
+def demo(installed, tmp_path_factory) -> tuple[Path, str]:
+    """A folder that is no clone, in which the wheel's `mixar demo --short` has left runs/demo; what it printed."""
+    folder = tmp_path_factory.mktemp("outside")
+    command = [sys.executable, "-m", "mixar", "demo", "--short", "--out", "runs/demo"]
+    env = os.environ | {"PYTHONPATH": str(installed)}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder, done.stdout
 
 
 @pytest.fixture

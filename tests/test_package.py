@@ -38,9 +38,9 @@ def test_all_that_belongs_to_it_is_in_the_wheel(installed: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def outside(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """`outside("-m", "mixar", ...)` runs python on the installed package in a folder that is no clone."""
-    folder = tmp_path_factory.mktemp("outside")
+def outside(installed: Path, demo: tuple[Path, str]) -> Run:
+    """`outside("-m", "mixar", ...)` runs python on the installed package in a folder that is no clone, after a demo."""
+    folder = demo[0]
 
     def run(*arguments: str, **env: str) -> subprocess.CompletedProcess:
         place = {"PYTHONPATH": str(installed), "XDG_CACHE_HOME": str(folder / "cache")}
@@ -73,12 +73,11 @@ def test_the_operators_compile(outside: Run) -> None:
     assert built.returncode == 0 and "cpu operators compiled for this processor" in built.stdout
 
 
-def test_the_demo_the_doctor_and_samples(outside: Run) -> None:
-    demo = outside("-m", "mixar", "demo", "--short")
-    assert demo.returncode == 0, demo.stderr[-2000:]
-    sample = outside("-m", "mixar", "sample", "runs/demo-short/mixar", "--count", "4", "--steps", "2", "--grid")
-    assert sample.returncode == 0 and "4 images: runs/demo-short/mixar/samples/" in sample.stdout, sample.stderr
-    doctor = outside("-m", "mixar", "doctor", "demo/mixar", "data.shards=runs/demo-short/shards")
+def test_the_demo_is_sampled_from_and_the_doctor_content(outside: Run, demo: tuple[Path, str]) -> None:
+    assert (demo[0] / "runs" / "demo" / "report.png").exists() and "MixAR" in demo[1]
+    sample = outside("-m", "mixar", "sample", "runs/demo/mixar", "--count", "4", "--steps", "2", "--grid")
+    assert sample.returncode == 0 and "4 images: runs/demo/mixar/samples/" in sample.stdout, sample.stderr
+    doctor = outside("-m", "mixar", "doctor", "demo/mixar")
     assert doctor.returncode == 0, doctor.stdout
 
 
