@@ -24,7 +24,7 @@ PROGRAM = r"(?:\.venv/bin/)?mixar \w|make \w|python -m \w|torchrun |deepspeed |s
 # it short:
 RUN = {
     "mixar train CONFIG --dry-run": "",
-    "mixar plan CONFIG --gpus 32 --gpu h100": "",
+    "mixar plan CONFIG --gpus 32 --gpu h100": "train.batch=512",  # the demo's own is too small for 32
     "mixar sample RUN --labels 3,7 --count 16 --steps 64 --guidance 3 --seed 0 --grid": "",
     "mixar export RUN --out FOLDER": "",
     "mixar doctor CONFIG": "",
@@ -32,6 +32,7 @@ RUN = {
     "--batch 250 --solver dpm --order checkerboard --diffusion-start 970 --grid steps=2,4,8 diffusion_steps=4,8,16 "
     "prior_steps=4,8,12": "--count 20 --batch 20 --grid steps=2 diffusion_steps=4 prior_steps=4",
     "mixar doctor configs/mixar_l.yaml": "",
+    "mixar doctor": "",
 }
 # Read by the verb's own parser, and its config loaded: they take ImageNet, GPUs, a cluster or hours.
 PARSED = (
