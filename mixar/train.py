@@ -9,6 +9,7 @@ from pathlib import Path
 if not __package__:
     # started as a file, python looks for packages in this folder, where `mixar` is not; look beside it instead
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    import mixar  # noqa: F401 - before torch, whose OpenMP reads what this sets
 
 import argparse
 import errno
