@@ -36,6 +36,8 @@ from mixar.errors import UserError
 from mixar.ops.build import DEVICES, status
 from mixar.prior import load_prior
 
+EXTRAS = ("train", "demo")  # those of pyproject.toml that users install
+
 
 class Finding(NamedTuple):
     """What a check found; `status` is ok, note or bad."""
@@ -100,15 +102,21 @@ def all_reduce(place: dist.Place, megabytes: int = 64, rounds: int = 5) -> Findi
 
 
 def versions() -> Iterator[Finding]:
-    """The required packages, against the ranges that mixar and they themselves ask of one another."""
+    """The packages of mixar and of its extras, against the ranges that mixar and they themselves ask of one another."""
     try:
-        direct = {r.name: _version(r.name) for r in _requirements("mixar")}
+        own = {r.name: r for r in _requirements("mixar")}
+        extra = {r.name: name for name in EXTRAS for r in _requirements("mixar", name) if r.name not in {*own, "mixar"}}
     except metadata.PackageNotFoundError:
         yield Finding("note", "mixar is not installed, so versions are not checked: write pip install -e .")
         return
-    askers = ["mixar", *(name for name, version in direct.items() if version is not None)]
-    asked = [(asker, requirement) for asker in askers for requirement in _requirements(asker)]
-    for name, version in direct.items():
+    own |= {r.name: r for name in EXTRAS for r in _requirements("mixar", name) if r.name in extra}
+    versions_found = {name: _version(name) for name in own}
+    asked = [("mixar", requirement) for requirement in own.values()]
+    asked += [(name, r) for name, version in versions_found.items() if version is not None for r in _requirements(name)]
+    for name, version in versions_found.items():
+        if version is None and name in extra:
+            yield Finding("note", f"{name} is missing, for {extra[name]}: write pip install 'mixar[{extra[name]}]'")
+            continue
         wanted = [(asker, r) for asker, r in asked if canonicalize_name(r.name) == canonicalize_name(name)]
         refused = [(asker, r) for asker, r in wanted if version is None or not r.specifier.contains(version, True)]
         if refused:
@@ -262,10 +270,10 @@ def _print(finding: Finding) -> None:
     print(f"{finding.status:<4}  {finding.text}", flush=True)
 
 
-def _requirements(name: str) -> list[Requirement]:
-    """What an installed package requires here, without extras."""
+def _requirements(name: str, extra: str = "") -> list[Requirement]:
+    """What an installed package requires here, by itself or with one of its extras."""
     parsed = [Requirement(text) for text in metadata.requires(name) or []]
-    return [r for r in parsed if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return [r for r in parsed if r.marker is None or r.marker.evaluate({"extra": extra})]
 
 
 def _version(name: str) -> str | None:
