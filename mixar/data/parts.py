@@ -141,9 +141,9 @@ class Parts:
         """Give the others some time for their parts."""
         if self._lockless:
             raise PassingError(
-                f"{len(self.names) - others} of {len(self.names)} parts of {self.folder} are written, the rest is other "
-                "ranks': run the same command again when these have ended. (The disk has no file locks, by which ranks "
-                "know of each other; take care that no two have the same --rank.)"
+                f"{len(self.names) - others} of {len(self.names)} parts of {self.folder} are written, the rest is left "
+                "to other ranks, since the disk has no file locks by which ranks know of each other: run the same "
+                "command again when they have ended, and never two with the same --rank"
             )
         if not self._waiting:
             tqdm.write(f"waiting for {others} parts of {self.folder} that others are writing", file=sys.stderr)

@@ -4,6 +4,7 @@ import hashlib
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice, tee
 from pathlib import Path
@@ -33,6 +34,7 @@ from mixar.weights import fingerprint
 __all__ = ["Manifest", "check_codecs", "check_manifest", "planned_manifest", "prepare", "read_manifest", "verify"]
 
 BATCH = 32  # images encoded at once, each in both flips
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)  # Ctrl-C, a scheduler, a closing terminal
 
 
 def prepare(
@@ -63,14 +65,14 @@ def prepare(
         PassingError: on a disk without locks, parts of other ranks are missing.
     """
     folder = local_folder(cfg.data.shards)
-    vae, tokenizer = vae.to(device), tokenizer.to(device)
+    planned = planned_manifest(cfg, images, vae, tokenizer)
     recipe: dict[str, Any] = {
         "format": FORMAT,
         "images": _images_fingerprint(images),
         "decoding": DECODING,
         "image_size": cfg.data.image_size,
-        "vae": fingerprint(vae.state_dict()),
-        "tokenizer": fingerprint(tokenizer.state_dict()),
+        "vae": planned.vae,
+        "tokenizer": planned.tokenizer,
     }
     parts = Parts(folder, recipe, len(images), part_size)
     if not parts.todo() and (folder / MANIFEST).is_file():
@@ -80,9 +82,10 @@ def prepare(
     if left_out := images.left_out():
         tqdm.write(left_out, file=sys.stderr)
 
-    encoder = _Encoder(cfg, images, vae, tokenizer, device, _joined("broken", parts.summaries()))
+    encoder = _Encoder(cfg, images, planned, vae.to(device), tokenizer.to(device), device)
+    encoder.broken = _joined("broken", parts.summaries())
     parts.write(rank, world, encoder.columns, encoder.rows_of, progress and rank == 0)
-    manifest = _measured(planned_manifest(cfg, images, vae, tokenizer), parts.close())
+    manifest = _measured(planned, parts.close())
     check_broken(cfg, images, manifest.broken)
     write_json(folder / MANIFEST, vars(manifest))
     return manifest
@@ -143,11 +146,12 @@ def check_broken(cfg: Config, images: ImageSet, broken: list[str]) -> None:
 class _Encoder:
     """Rows of shards from images, and the sums over them that the manifest needs."""
 
-    def __init__(self, cfg: Config, images: ImageSet, vae: VAE, tokenizer: Tokenizer, device: Any, broken: list[str]):
+    def __init__(
+        self, cfg: Config, images: ImageSet, planned: Manifest, vae: VAE, tokenizer: Tokenizer, device: Any
+    ):
         self.cfg, self.images, self.vae, self.tokenizer, self.device = cfg, images, vae, tokenizer, device
-        self.broken = broken  # of all parts so far
-        planned = planned_manifest(cfg, images, vae, tokenizer)
-        self.code_dtype = code_dtype(tokenizer.config.bits)
+        self.broken: list[str] = []  # keys, of all parts so far
+        self.code_dtype = code_dtype(planned.code_bits)
         self.columns = {
             "moments": f"ndarray:float16:2,{2 * planned.latent_channels},{planned.grid},{planned.grid}",
             "codes": f"ndarray:{self.code_dtype}:2,{planned.code_grid**2}",
@@ -165,12 +169,12 @@ class _Encoder:
 
     def _read(self, ranges: Iterator[range]) -> Iterator[list[Any]]:
         """Batches of items, none across two ranges, read ahead by one set of workers."""
-        batches = (indices[first : first + BATCH] for indices in ranges for first in range(0, len(indices), BATCH))
+        batches = (list(rows[first : first + BATCH]) for rows in ranges for first in range(0, len(rows), BATCH))
         items = _Tolerant(ImageSource(self.images, self.cfg.data.image_size))
-        yield from DataLoader(
-            items, batch_sampler=batches, num_workers=self.cfg.data.workers, collate_fn=list,
-            worker_init_fn=_ignore_signals,
-        )  # fmt: skip
+        loader = DataLoader(items, batch_sampler=batches, num_workers=self.cfg.data.workers, collate_fn=list)
+        with _unheard_by_workers():
+            read = iter(loader)
+        yield from read
 
     def _rows(self, batches: Iterator[list[Any]], summary: dict[str, Any]) -> Iterator[Row]:
         channels = self.vae.config.latent_channels
@@ -227,10 +231,20 @@ class _Tolerant(Dataset):
             return error, self.source.images.keys[i]
 
 
-def _ignore_signals(worker: int) -> None:
-    """Leave to the process that started a worker what Ctrl-C or a scheduler asks of the whole group."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+@contextmanager
+def _unheard_by_workers() -> Iterator[None]:
+    """What asks the whole group for an end never reaches the workers that start meanwhile, and waits until they did."""
+    came: list[int] = []
+    handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in ENDING}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for number in came:
+        signal.raise_signal(number)
 
 
 def code_dtype(bits: int) -> str:
