@@ -69,9 +69,9 @@ def test_what_is_wrong_is_told_before_codecs_are_read(refused, home, tmp_path) -
 
 
 def test_signals_to_all_of_its_processes_end_it_cleanly(home, tmp_path) -> None:
-    given = [home / "config.yaml", f"data.images={photos(tmp_path, 200)}", f"data.shards={tmp_path}/shards",
+    given = [home / "config.yaml", f"data.images={photos(tmp_path, 100)}", f"data.shards={tmp_path}/shards",
              "data.workers=4"]  # fmt: skip
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         process = subprocess.Popen([*COMMAND, *given], stderr=subprocess.PIPE, text=True, start_new_session=True)
         while not list(tmp_path.glob("shards/.part-*")):
             assert process.poll() is None, process.communicate()
@@ -82,7 +82,7 @@ def test_signals_to_all_of_its_processes_end_it_cleanly(home, tmp_path) -> None:
         assert "mixar prepare: interrupted; the same command goes on where it stopped" in told
         assert [path.name for path in (tmp_path / "shards").iterdir()] == [".lock"]
     subprocess.run([*COMMAND, *given], check=True)
-    assert len(LocalDataset(str(tmp_path / "shards"))) == 200
+    assert len(LocalDataset(str(tmp_path / "shards"))) == 100
 
 
 def test_ranks_that_draw_beforehand_all_draw(home, tmp_path) -> None:
