@@ -274,6 +274,19 @@ def test_targets_that_cannot_be_written(make_config, codecs, tmp_path):
         run(make_config("data.shards=s3://bucket/set"), codecs)
 
 
+def test_a_full_disk_is_told_and_keeps_the_finished_parts(make_config, codecs, shards, small_disk):
+    config, filler = make_config(f"data.shards={small_disk}/shards"), small_disk / "filler"
+    disk = os.statvfs(small_disk)
+    with filler.open("wb") as file:  # room for the first part, of 16 KiB, but not for the second
+        os.posix_fallocate(file.fileno(), 0, disk.f_bavail * disk.f_bsize - (28 << 10))
+    with pytest.raises(UserError, match="No space left on device"):
+        run(config, codecs)
+    assert (small_disk / "shards/part-00000/part.json").exists()
+    filler.unlink()
+    run(config, codecs)
+    assert files(config.data.shards) == files(shards)
+
+
 def test_latents_that_are_not_finite_stop_the_run(make_config, codecs):
     vae, tokenizer = codecs
     vae.quant_conv.bias.data.fill_(1e6)
