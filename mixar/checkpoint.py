@@ -3,15 +3,17 @@
 config.yaml env.json log.txt metrics.jsonl tb/ replay/ checkpoints/<images>/ exports/<images>-ema/ samples/ eval/
 """
 
+import errno
 import fcntl
 import json
-import os
 import platform
+import shlex
 import shutil
 import socket
 import sys
+import uuid
 import zlib
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -20,11 +22,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-import torch.distributed as c10d
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from mixar import dist
+from mixar import dist, files
 from mixar.config import Config, load_config, to_dict, to_yaml
 from mixar.dist import Place
 from mixar.engine import Engine
@@ -35,7 +36,9 @@ from mixar.metrics import log, start_log
 DONE = "DONE"
 FORMAT = 2
 # what shapes the weights, the draws or the count of images: a resumed run must not change these keys and sections
-FIXED = ("task", "seed", "train.batch", "vae", "tokenizer", "prior", "model")
+FIXED = ("task", "seed", "train.batch", "data.flip", "mask", "vae", "tokenizer", "prior", "model")
+# but for these: another kernel computes the same, and of frozen networks the fingerprints are compared, not the paths
+FREE = ("model.attention", "vae.weights", "tokenizer.weights", "prior.weights")
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,10 @@ class Progress:
 
 
 class RunDirectory:
-    """One run's folder, made and written by rank 0; its methods are collectives.
+    """One run's folder, made and written by rank 0; its methods are collectives, but for `close`.
+
+    Attributes:
+        data: what the run is trained on, as every checkpoint says it; see `check_data`.
 
     Raises:
         UserError: another run trains here, or the config differs from the run's in what cannot change.
@@ -55,33 +61,38 @@ class RunDirectory:
 
     def __init__(self, cfg: Config, place: Place) -> None:
         self.path, self.cfg, self.place = Path(cfg.run_dir), cfg, place
+        self.data: dict[str, Any] = {}
         lock: list[IO[str]] = []
         dist.on_main(place, lambda: lock.append(self._open()))
         self._lock = lock[0] if lock else None
         if not place.is_main:
             start_log(self.path / "log.txt", place.rank)
-        # the writer's own, beside the training's
-        self._group: Any = c10d.new_group(backend="gloo") if place.world > 1 else None
+        self._group = dist.side_group(place, cfg.engine.timeout)  # the writer's own, beside the training's
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._written: Future[None] | None = None
 
     def _open(self) -> IO[str]:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = self._take()
+            lock, unlocked = self._take()
+            start_log(self.path / "log.txt")
         except OSError as error:
             raise UserError(
-                f"run_dir={self.path} cannot be written ({error.strerror}): write run_dir=<a folder you own>"
+                f"run_dir={self.path} cannot be written ({error.strerror}): make room there, or write run_dir=<a "
+                "folder you own>"
             ) from None
-        start_log(self.path / "log.txt")
+        if unlocked:
+            log.warning("%s: see that no other process trains in %s", unlocked, self.path)
         self._check(self.cfg)
-        (self.path / "config.yaml").write_text(to_yaml(self.cfg))
-        (self.path / "env.json").write_text(json.dumps(environment(), indent=2) + "\n")
-        for torn in (self.path / "checkpoints").glob(".*.partial"):
-            shutil.rmtree(torn)
+        for left in self.path.glob(f".*{files.PART}"):  # of a start that was killed
+            left.unlink()
+        files.write_text(self.path / "config.yaml", to_yaml(self.cfg))
+        files.write_json(self.path / "env.json", environment())
+        self._sweep()
         return lock
 
-    def _take(self) -> IO[str]:
+    def _take(self) -> tuple[IO[str], str | None]:
+        """The lock of the folder, and what is wrong where its file system has none."""
         lock = (self.path / ".lock").open("a")
         try:
             # a lock of the process: unlike flock's, the loader's workers do not inherit it, and outlive a kill with it
@@ -90,15 +101,26 @@ class RunDirectory:
             raise PassingError(  # a job that was requeued may come before its lost node has let go
                 f"another process is training in {self.path}: wait for it, or write run_dir=<another folder>"
             ) from None
-        return lock
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            return lock, f"the file system has no locks ({error.strerror})"
+        return lock, None
 
     def _check(self, cfg: Config) -> None:
         file = self.path / "config.yaml"
         if not file.exists():
             return
-        before, now = to_dict(load_config(file)), to_dict(cfg)
+        try:
+            if "\nsample:" not in file.read_text():  # the last section
+                raise UserError(f"{file} is torn")
+            before, now = to_dict(load_config(file)), to_dict(cfg)
+        except (UserError, UnicodeDecodeError) as error:
+            whole = [str(folder / "config.yaml") for folder in self.checkpoints()]
+            mend = shlex.join(["cp", whole[-1], str(file)] if whole else ["rm", str(file)])
+            raise UserError(f"the run's own config is damaged ({error}): {mend}, then start it again") from None
         for key, old, new in _differences(before, now):
-            if (key in FIXED or key.split(".")[0] in FIXED) and not key.endswith((".weights", ".attention")):
+            if (key in FIXED or key.split(".")[0] in FIXED) and key not in FREE:
                 raise UserError(
                     f"{file} was started with {key}={old}, now it is {new}: write {key}={old}, or another run_dir"
                 )
@@ -121,22 +143,31 @@ class RunDirectory:
         folder = self.path / "checkpoints"
         final, aside = folder / f"{progress.images:012d}", folder / f".{progress.images:012d}.partial"
         save_slices(state, aside, self._group)
-        sums = _sums(aside, f"__{self.place.rank}_*")
-        if self._group is not None:
-            gathered: list[Any] = [None] * self.place.world
-            c10d.all_gather_object(gathered, sums, self._group)
-            sums = {name: value for part in gathered for name, value in part.items()}
+        parts = dist.on_each(self.place, lambda: _sums(aside, f"__{self.place.rank}_*"), self._group)
         if not self.place.is_main:
             return
         (aside / "config.yaml").write_text(to_yaml(self.cfg))
-        (aside / "progress.json").write_text(json.dumps({"format": FORMAT, **vars(progress)}))
-        (aside / DONE).write_text(json.dumps(sums | _sums(aside, ".metadata"), indent=2) + "\n")
-        _sync(aside)
-        shutil.rmtree(final, ignore_errors=True)
+        (aside / "progress.json").write_text(json.dumps({"format": FORMAT, **vars(progress), "data": self.data}))
+        sums = {name: value for part in [*parts, _sums(aside, ".metadata")] for name, value in part.items()}
+        (aside / DONE).write_text(json.dumps(sums, indent=2) + "\n")
+        files.sync(*aside.iterdir(), aside)
+        if final.exists():
+            final.rename(_gone(final))
         aside.rename(final)
-        _sync(folder)
-        for old in self.checkpoints()[: -self.cfg.train.keep]:
-            shutil.rmtree(old)
+        files.sync(folder)
+        # not those past it, which a run that had to go back has not reached again
+        kept = [old for old in self.checkpoints() if int(old.name) <= progress.images]
+        for old in kept[: -self.cfg.train.keep]:
+            old.rename(_gone(old))
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove what is torn or no longer kept. What cannot go now, as while another reads it, can later."""
+        for left in (self.path / "checkpoints").glob(".[0-9]*"):
+            try:
+                shutil.rmtree(left)
+            except OSError as error:
+                log.warning("%s cannot be removed yet (%s)", left, error.strerror)
 
     @property
     def failed(self) -> bool:
@@ -153,17 +184,17 @@ class RunDirectory:
             return
         written, self._written = self._written, None
         error = written.exception()
-        if not any(dist.gather(self.place, error is not None)):
+        reasons = [reason for reason in dist.gather(self.place, error and _reason(error)) if reason is not None]
+        if not reasons:
             return
-        if error is not None and not isinstance(error, CheckpointException | OSError):
+        if error is not None and not isinstance(error, CheckpointException | OSError | dist.ElsewhereError):
             raise error
         kept = self.checkpoints()
         if self.place.is_main:
-            for torn in (self.path / "checkpoints").glob(".*.partial"):
-                shutil.rmtree(torn, ignore_errors=True)  # it may hold the room that is missing
+            self._sweep()  # what is torn may hold the room that is missing
         then = f"goes on from {kept[-1]}" if kept else "starts anew, for there is none yet"
         raise (UserError if self.place.is_main else dist.ElsewhereError)(
-            f"a checkpoint in {self.path} could not be written ({_reason(error) if error else 'on another rank'}): "
+            f"a checkpoint in {self.path} could not be written ({reasons[0]}): "
             f"make room, then the same command {then}"
         )
 
@@ -171,10 +202,37 @@ class RunDirectory:
         """Complete checkpoints, oldest first."""
         return complete_checkpoints(self.path)
 
+    def check_data(self, data: dict[str, Any]) -> None:
+        """Take what the run is trained on, and see that its checkpoints were trained on the same.
+
+        Args:
+            data: plain values by name. A name that is on one side only is of what was switched on or off since.
+
+        Raises:
+            UserError: another set of data.
+        """
+        self.data = data
+        dist.on_main(self.place, self._refuse_others)
+
+    def _refuse_others(self) -> None:
+        for folder in self.checkpoints():
+            known = read_head(folder)[0].get("data", {})
+            if other := [name for name in known if name in self.data and known[name] != self.data[name]]:
+                raise UserError(
+                    f"{folder} was trained on other data than data.images={self.cfg.data.images} and data.shards="
+                    f"{self.cfg.data.shards} are now (another {', '.join(other)}): name the data that it was trained "
+                    f"on, or train on these with another run_dir and init_from={self.path}"
+                )
+
     def load(self, engine: Engine) -> Progress:
-        """Load the newest complete checkpoint; passes over damaged ones and those of another format, naming them."""
+        """Load the newest complete checkpoint; passes over damaged ones and those of another format, naming them.
+
+        Raises:
+            UserError: there are checkpoints, and none of them can be loaded.
+        """
+        faults = []
         for folder in reversed(dist.on_main(self.place, self.checkpoints)):
-            saved, fault = dist.on_main(self.place, partial(_head, folder))
+            saved, fault = dist.on_main(self.place, partial(read_head, folder))
             fault = fault or self._damage(folder, saved["sums"])
             if fault is None:
                 try:
@@ -185,27 +243,32 @@ class RunDirectory:
                 log.info("resuming from %s: step %d, %d images", folder, saved["step"], saved["images"])
                 return Progress(saved["step"], saved["images"])
             log.info("passing over %s: %s", folder, fault)  # an older one may still be whole
+            faults.append(f"{folder.name}: {fault}")
+        if faults:
+            folder = self.path / "checkpoints"
+            raise (UserError if self.place.is_main else dist.ElsewhereError)(
+                f"no checkpoint in {folder} can be loaded ({'; '.join(faults)}): bring a whole one back, or to start "
+                f"anew on purpose, {shlex.join(['mv', str(folder), f'{folder}-damaged'])}"
+            )
         return Progress()
 
     def _damage(self, folder: Path, sums: dict[str, int]) -> str | None:
         """Which of a checkpoint's files do not have their sums; the ranks read a share of them each, and agree."""
         own = sorted(sums)[self.place.rank :: self.place.world]
-        wrong = [name for name in own if _sums(folder, name).get(name) != sums[name]]
-        faults = [name for found in dist.gather(self.place, wrong) for name in found]
-        return f"{', '.join(faults)} changed since it was written" if faults else None
+        wrong = dist.gather(self.place, damaged(folder, {name: sums[name] for name in own}))
+        return _changed([name for found in wrong for name in found])
 
     def close(self) -> None:
-        """Wait for the writer and let others have the folder.
+        """Let others have the folder, once a checkpoint that is being written is complete. No collective.
 
-        Raises:
-            UserError: as `wait`.
+        A rank that ends by an error comes here alone, and its writer goes on while the others' do: none of them may be
+        waited for longer than for a step.
         """
-        try:
-            self.wait()
-        finally:
-            self._writer.shutdown()
-            if self._lock is not None:
-                self._lock.close()
+        if self._written is not None:
+            wait([self._written], self.cfg.engine.timeout)
+        self._writer.shutdown(wait=False)
+        if self._lock is not None:
+            self._lock.close()
 
     def export_path(self, images: int) -> Path:
         return export_path(self.path, images)
@@ -213,8 +276,7 @@ class RunDirectory:
     def write_replay(self, step: int, record: dict[str, Any]) -> Path:
         """What is needed to see a skipped step again."""
         file = self.path / "replay" / f"step-{step}.json"
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps(record, indent=2) + "\n")
+        files.write_json(file, record)
         return file
 
 
@@ -239,15 +301,20 @@ def load_ema(checkpoint: Path, model: nn.Module) -> None:
         f"{'ema' if name in averaged else 'model'}.{name}": Slice(value.shape, 0, value.view(-1))
         for name, value in model.state_dict().items()
     }
+    saved, fault = read_head(checkpoint)
     try:
-        load_slices(state, checkpoint)  # in place
+        fault = fault or _changed(damaged(checkpoint, saved["sums"]))
+        if fault is None:
+            load_slices(state, checkpoint)  # in place
     except (CheckpointException, OSError) as error:
-        raise UserError(
-            f"{checkpoint} cannot be read ({_reason(error)}): remove it, then the one before it is taken"
-        ) from None
+        fault = _reason(error)
+    if fault is not None and not checkpoint.exists():
+        raise PassingError(f"{checkpoint} was removed while it was read: the run keeps train.keep of them, try again")
+    if fault is not None:
+        raise UserError(f"{checkpoint} cannot be read ({fault}): remove it, then the one before it is taken")
 
 
-def _head(folder: Path) -> tuple[dict[str, Any], str | None]:
+def read_head(folder: Path) -> tuple[dict[str, Any], str | None]:
     """A checkpoint's progress with the sums of its files, or what is wrong with them."""
     try:
         saved = json.loads((folder / "progress.json").read_text())
@@ -301,6 +368,20 @@ def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") 
     return found
 
 
+def damaged(folder: Path, sums: dict[str, int]) -> list[str]:
+    """Those of a checkpoint's files that do not have their sums."""
+    return [name for name, known in sums.items() if _sums(folder, name).get(name) != known]
+
+
+def _changed(names: list[str]) -> str | None:
+    return f"{', '.join(names)} changed since it was written" if names else None
+
+
+def _gone(checkpoint: Path) -> Path:
+    """The name of a checkpoint that is to be removed, by which nobody takes it for a whole one."""
+    return checkpoint.with_name(f".{checkpoint.name}.{uuid.uuid4().hex}.gone")
+
+
 def _sums(folder: Path, pattern: str) -> dict[str, int]:
     """The CRC-32 of each file in `folder` that matches."""
     found = {}
@@ -311,11 +392,3 @@ def _sums(folder: Path, pattern: str) -> dict[str, int]:
                 total = zlib.crc32(part, total)
         found[path.name] = total
     return found
-
-
-def _sync(folder: Path) -> None:
-    """Bring a folder's files to the disk, so that the rename after it never names empty ones."""
-    for path in [*(path for path in folder.iterdir() if path.is_file()), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)

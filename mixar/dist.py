@@ -1,18 +1,22 @@
 """Where this process stands: its launcher, its rank among the others, its device, its precision."""
 
-import atexit
+import errno
 import multiprocessing
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as c10d
@@ -25,7 +29,7 @@ T = TypeVar("T")
 warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed")
 
 _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_MEND = "start with torchrun, deepspeed or srun, which set all of them; for one process: unset RANK WORLD_SIZE"
+_MEND = "start with torchrun, deepspeed or srun; for one process: unset RANK WORLD_SIZE"
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,9 @@ class Place:
 
 
 class ElsewhereError(UserError):
-    """A mistake that another rank has told of: this one ends as that does, without a line of its own."""
+    """A mistake that another rank tells of: this one ends as that does, without a line of its own."""
+
+    elsewhere = True
 
     def __init__(self, text: str, status: int = UserError.status) -> None:
         super().__init__(text)
@@ -92,34 +98,103 @@ def start(timeout: float) -> Place:
         UserError: as `find`; PassingError: ranks that do not find each other.
     """
     place = find()
+    store = None
     if place.launcher == "srun":
         os.environ.update(_from_slurm())  # torch and DeepSpeed look for these names, whatever the launcher
+        if place.world > 1 and "MASTER_PORT" not in os.environ:
+            store = _meet(place, timeout)
+            os.environ["MASTER_PORT"] = str(store.port)
     if place.device.type == "cuda":
         torch.cuda.set_device(place.device)
     elif place.local_world > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world))
     if place.world > 1:
-        join(place, timeout)
+        join(place, timeout, store)
     return place
 
 
-def join(place: Place, timeout: float) -> None:
-    """Make the process group; a lone process, whose engine wants one all the same, needs no address for it."""
+def join(place: Place, timeout: float, store: c10d.Store | None = None) -> None:
+    """Make the process group, at the address and port of the environment where there is no `store` yet.
+
+    A lone process, whose engine wants a group all the same, needs no address for it.
+    """
     if c10d.is_initialized():
         return
     gpu = place.device.type == "cuda"
-    alone: dict[str, Any] = {"store": c10d.HashStore()} if place.world == 1 else {}
+    store = c10d.HashStore() if place.world == 1 else store
     try:
         c10d.init_process_group(
-            "cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(seconds=timeout + 10), rank=place.rank,
-            world_size=place.world, device_id=place.device if gpu else None, **alone,
+            "cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=_limit(timeout), rank=place.rank,
+            world_size=place.world, device_id=place.device if gpu else None, store=store,
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:  # torch's own errors of connection are of these families
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise PassingError(
-            f"rank {place.rank} of {place.world} did not meet the others at {where} ({_one_line(error)}): see that "
-            "every rank was started, and that the address and port of rank 0's node can be reached from all nodes"
-        ) from None
+        address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+        told = f"rank {place.rank} of {place.world} did not meet the others at {address}:{port} ({_one_line(error)})"
+        if "EADDRINUSE" in str(error):
+            told += f": another process listens there, `ss -ltnp 'sport = :{port}'` names it; end it, or start with "
+            told += "another port: deepspeed --master_port, torchrun --master_port, or MASTER_PORT for srun"
+        else:
+            told += ": see that every rank was started, and that the address and port of rank 0's node can be reached "
+            told += "from all nodes"
+        raise PassingError(told) from None
+
+
+def _meet(place: Place, timeout: float) -> c10d.TCPStore:
+    """The store of a Slurm step's ranks, on any free port of rank 0's node.
+
+    Rank 0 tells the port to whoever asks at the first of a row of agreed ones that it can have: one may be held by
+    another job, or by what a requeued job has left behind.
+    """
+    job = [os.environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT")]
+    word = f"mixar {'.'.join(job)}"
+    # below the range that the kernel hands out by itself
+    ports = [15000 + (int(job[0]) + 1009 * i) % 15000 for i in range(16)]
+    address, limit = os.environ["MASTER_ADDR"], _limit(timeout)
+    if place.is_main:
+        store = c10d.TCPStore(address, 0, place.world, True, limit, wait_for_workers=False)
+        _announce(f"{word} {store.port}\n", ports)
+        return store
+    end = time.monotonic() + limit.total_seconds()
+    while time.monotonic() < end:
+        for port in ports:
+            try:
+                with socket.create_connection((address, port), timeout=2) as asking:
+                    said, _, found = asking.makefile().readline().rpartition(" ")
+            except (OSError, UnicodeDecodeError):  # nobody there, or somebody else
+                continue
+            if said == word:
+                return c10d.TCPStore(address, int(found), place.world, False, limit)
+        time.sleep(0.2)
+    raise PassingError(
+        f"rank {place.rank} of {place.world} did not meet rank 0 on {address} within {timeout + 10:g} s: see that "
+        "every rank was started, and that this node can be reached from all others"
+    )
+
+
+def _announce(word: str, ports: list[int]) -> None:
+    """Tell `word` to whoever connects to the first of `ports` that is free, for as long as this process lives."""
+    for port in ports:
+        try:
+            six = socket.has_dualstack_ipv6()
+            server = socket.create_server(
+                ("", port), family=socket.AF_INET6 if six else socket.AF_INET, dualstack_ipv6=six
+            )
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            continue
+
+        def serve(server: socket.socket = server) -> None:
+            while True:
+                with suppress(OSError), server.accept()[0] as asking:
+                    asking.sendall(word.encode())
+
+        threading.Thread(target=serve, name="meeting", daemon=True).start()
+        return
+    raise PassingError(
+        f"the ports {', '.join(map(str, ports))} of this node are all in use (EADDRINUSE): export MASTER_PORT=<a free "
+        "one> before srun"
+    )
 
 
 def leave() -> None:
@@ -128,22 +203,37 @@ def leave() -> None:
         c10d.destroy_process_group()
 
 
-def abandon(status: int) -> None:
-    """Let this process end without the others, who may be waiting for it in a collective: their launcher ends them.
+def among_others() -> bool:
+    """Whether other ranks have joined this one."""
+    return c10d.is_initialized() and c10d.get_world_size() > 1
 
-    It ends with `status` where the interpreter would else be torn down, since the threads of an exchange that is under
-    way can abort it then. Does nothing where there are no others.
+
+def end(status: int) -> NoReturn:
+    """End this process at once, alone: the others may wait for it in a collective, until their launcher ends them.
+
+    The interpreter is not torn down: threads of an exchange that is under way would be waited for, or abort it.
     """
-    if c10d.is_initialized() and c10d.get_world_size() > 1:
-        atexit.register(_end, status)
-
-
-def _end(status: int) -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise here that a worker was killed
     for worker in multiprocessing.active_children():
-        worker.terminate()
+        worker.kill()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def side_group(place: Place, timeout: float) -> Any:
+    """A group of all ranks on CPUs beside the training's own, with its time limit; None for a lone process."""
+    return c10d.new_group(backend="gloo", timeout=_limit(timeout)) if place.world > 1 else None
+
+
+def limit_groups(timeout: float) -> None:
+    """Give every process group the run's time limit: libraries make theirs with torch's own, of up to 30 minutes."""
+    for group in list(c10d.distributed_c10d._world.pg_map):
+        c10d.distributed_c10d._set_pg_timeout(_limit(timeout), group)
+
+
+def _limit(timeout: float) -> timedelta:
+    return timedelta(seconds=timeout + 10)
 
 
 def on_main(place: Place, work: Callable[[], T]) -> T:
@@ -170,13 +260,34 @@ def on_main(place: Place, work: Callable[[], T]) -> T:
     return cast(T, told[0])
 
 
-def gather(place: Place, value: T) -> list[T]:
-    """The `value` of every rank, in their order, on every rank; a collective."""
+def gather(place: Place, value: T, group: Any = None) -> list[T]:
+    """The `value` of every rank, in their order, on every rank; a collective, of `group` where one is given."""
     if place.world == 1:
         return [value]
     values: list[Any] = [None] * place.world
-    c10d.all_gather_object(values, value)
+    c10d.all_gather_object(values, value, group)
     return values
+
+
+def on_each(place: Place, work: Callable[[], T], group: Any = None) -> list[T]:
+    """Do `work` on every rank: the results of all, or an error on all of them; a collective as `gather`.
+
+    Raises:
+        Exception: what `work` raised here; where it raised elsewhere alone, an `ElsewhereError`.
+    """
+    result: Any = None
+    failure: Exception | None = None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    found = gather(place, (result, failure and f"{type(failure).__name__}: {_one_line(failure)}"), group)
+    if failure is not None:
+        raise failure
+    for rank, (_, text) in enumerate(found):
+        if text is not None:
+            raise ElsewhereError(f"rank {rank}: {text}")
+    return [value for value, _ in found]
 
 
 class Agreement:
@@ -185,8 +296,8 @@ class Agreement:
     The exchange runs beside the step on CPUs, so that no step waits for it or for the device.
     """
 
-    def __init__(self, place: Place) -> None:
-        self.group: Any = c10d.new_group(backend="gloo") if place.world > 1 else None
+    def __init__(self, place: Place, timeout: float) -> None:
+        self.group = side_group(place, timeout)
         self._brought = torch.zeros(1, dtype=torch.int64)
         self._work: Any = None
 
@@ -228,9 +339,20 @@ def _environment() -> tuple[str, dict[str, str]]:
             told = ", ".join(f"{name}={value}" for name, value in env.items())
             raise UserError(f"the environment has {told} but no {', '.join(missing)}: {_MEND}")
         return "deepspeed" if deepspeed else "torchrun", env
+    _refuse_mpi("OMPI_COMM_WORLD", "MV2_COMM_WORLD")
     if "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ:
         return "srun", _from_slurm()
+    _refuse_mpi("PMI")  # srun sets these too
     return "python", {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+
+
+def _refuse_mpi(*prefixes: str) -> None:
+    """Refuse the ranks of mpirun, each of which would believe to be alone."""
+    for prefix in prefixes:
+        rank, size = (os.environ.get(f"{prefix}_{name}", "1") for name in ("RANK", "SIZE"))
+        if size != "1":
+            raise UserError(f"{prefix}_RANK={rank} and {prefix}_SIZE={size} tell of mpirun, whose ranks mixar "
+                            "does not take: start with torchrun, deepspeed or srun")  # fmt: skip
 
 
 def _from_slurm() -> dict[str, str]:
@@ -249,10 +371,7 @@ def _from_slurm() -> dict[str, str]:
         "LOCAL_WORLD_SIZE": counts[0],
     }  # fmt: skip
     if world != "1":
-        # two jobs on one node must not meet; below the range that the kernel hands out by itself
-        port = 15000 + int(slurm("SLURM_JOB_ID", "0")) % 15000
-        env |= {"MASTER_ADDR": slurm("MASTER_ADDR") or _first_host(slurm("SLURM_STEP_NODELIST", ""))}
-        env |= {"MASTER_PORT": slurm("MASTER_PORT") or str(port)}
+        env["MASTER_ADDR"] = slurm("MASTER_ADDR") or _first_host(slurm("SLURM_STEP_NODELIST", ""))
     return env
 
 

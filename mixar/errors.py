@@ -1,6 +1,8 @@
-"""The error that a user can act on."""
+"""The error that a user can act on, and how a program ends by an error."""
 
 import difflib
+import sys
+import traceback
 from collections.abc import Iterable
 
 
@@ -11,6 +13,7 @@ class UserError(Exception):
     """
 
     status = 2
+    elsewhere = False  # whether another process tells of it
 
     def __str__(self) -> str:
         return printable(super().__str__())
@@ -20,6 +23,19 @@ class PassingError(UserError):
     """What may be over when the same command is started again, such as a lost connection: job scripts do start it."""
 
     status = 75  # EX_TEMPFAIL
+
+
+def report(program: str, error: BaseException) -> int:
+    """Tell on stderr what ended `program`, and give the exit status: one line for what the user can act on."""
+    if isinstance(error, UserError):
+        if not error.elsewhere:
+            print(f"{program}: {error}", file=sys.stderr)
+        return error.status
+    if isinstance(error, KeyboardInterrupt):
+        print(f"{program}: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    traceback.print_exception(error)
+    return 1
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:

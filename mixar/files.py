@@ -39,26 +39,32 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def creating_folder(path: str | Path) -> Iterator[Path]:
+def creating_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
     """An empty folder beside `path`, which gets that name when the block ends without an error.
 
+    Args:
+        replace: a folder of that name is to make room; it does once the new one is whole.
+
     Raises:
-        UserError: `path` exists, nothing can be written there, or the disk is full.
+        UserError: `path` exists and is not to be replaced, nothing can be written there, or the disk is full.
     """
     target = Path(path)
-    if target.exists():
+    if target.exists() and not replace:
         raise UserError(f"{target} exists and is never overwritten: remove it, or name another folder")
-    part = _aside(target)
+    part, old = _aside(target), _aside(target)
     try:
         part.mkdir(parents=True)
         yield part
         sync(*(Path(folder, name) for folder, _, names in os.walk(part) for name in ["", *names]))
+        if target.exists():
+            target.rename(old)
         part.rename(target)
         sync(target.parent)
     except OSError as error:
         raise _unwritable(target, part, error) from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        for left in (part, old):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -4,7 +4,8 @@ import json
 import logging
 import math
 import time
-from datetime import timedelta
+import traceback
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import torch
@@ -13,7 +14,17 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 
+from mixar import files
+from mixar.errors import UserError
+
 log = logging.getLogger("mixar")
+
+
+class _LogFile(logging.FileHandler):
+    """log.txt; on a full disk it misses lines, which the console has, and the run goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
 
 
 def start_log(file: Path, rank: int = 0) -> None:
@@ -21,10 +32,21 @@ def start_log(file: Path, rank: int = 0) -> None:
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     log.handlers.clear()
     log.propagate = False
-    handlers: list[logging.Handler] = [logging.StreamHandler(), logging.FileHandler(file)]
-    for handler in handlers:
-        handler.setFormatter(logging.Formatter(f"%(asctime)s {f'rank {rank}: ' * bool(rank)}%(message)s", "%H:%M:%S"))
+    text = f"%(asctime)s {f'rank {rank}: ' * bool(rank)}%(message)s"
+    console, kept = logging.StreamHandler(), _LogFile(file, encoding="utf-8")
+    console.setFormatter(logging.Formatter(text, "%H:%M:%S"))
+    kept.setFormatter(logging.Formatter(text, "%Y-%m-%d %H:%M:%S"))
+    for handler in (console, kept):
         log.addHandler(handler)
+
+
+def keep_in_log(error: BaseException) -> None:
+    """Write into log.txt alone what ends the run: the console is told by the program that ends."""
+    told = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error)).rstrip()
+    record = log.makeRecord(log.name, logging.ERROR, "", 0, f"ended by an error: {told}", (), None)
+    for handler in log.handlers:
+        if isinstance(handler, _LogFile):
+            handler.handle(record)
 
 
 class Metrics:
@@ -40,7 +62,7 @@ class Metrics:
         self.path = run_dir / "metrics.jsonl"
         if self.path.exists():
             kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
-            self.path.write_text("".join(f"{line}\n" for line in kept))
+            files.write_text(self.path, "".join(f"{line}\n" for line in kept))
         self.board = SummaryWriter(str(run_dir / "tb"), purge_step=step + 1)
         self.total = total
         self._since = (time.monotonic(), images)
@@ -55,7 +77,8 @@ class Metrics:
         rate = seen / max(elapsed, 1e-9)
         self._rate = rate if self._rate == 0 else 0.7 * self._rate + 0.3 * rate
         scalars = scalars | {"images_per_second": rate, "data_wait": wait / max(elapsed, 1e-9)}
-        record = {"step": step, "images": images, **{k: v if math.isfinite(v) else None for k, v in scalars.items()}}
+        told = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        record = {"step": step, "images": images, "time": datetime.now(UTC).isoformat(timespec="seconds"), **told}
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         for name, value in scalars.items():

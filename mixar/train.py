@@ -11,7 +11,10 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
+import errno
 import os
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -22,10 +25,12 @@ from mixar.config import Config, images_a_pass, load_config, to_yaml
 from mixar.data.batch import Source
 from mixar.data.images import ImageSource, training_images
 from mixar.data.loader import ShardSource
-from mixar.data.manifest import check_manifest, read_manifest
+from mixar.data.manifest import Manifest, check_cache, check_manifest, check_pre_drawn, read_manifest
+from mixar.data.shards import _images_fingerprint
 from mixar.engine import choose_engine
-from mixar.errors import UserError
-from mixar.metrics import log
+from mixar.errors import UserError, report
+from mixar.files import write_text
+from mixar.metrics import keep_in_log, log
 from mixar.model.attention import prepare_attention
 from mixar.objectives import MixARObjective, Objective, PriorObjective, TokenizerObjective, VAEObjective
 from mixar.ops import load
@@ -42,17 +47,52 @@ def train(cfg: Config) -> Path:
     """
     images_a_pass(cfg, dist.find().world)  # what cannot be divided is told before anything is written
     kernels = load_kernels(cfg)
-    place = dist.start(cfg.engine.timeout)
-    run = RunDirectory(cfg, place)
+    run: RunDirectory | None = None
     try:
+        place = dist.start(cfg.engine.timeout)
+        run = RunDirectory(cfg, place)
+        dist.on_main(place, partial(check_cache, cfg.data.shards, cfg.data.cache))
         source = open_source(cfg)
-        objective = build_objective(cfg, source, place)
+        data = describe_data(cfg, source)
+        objective = build_objective(cfg, source, place.device, data)
+        dist.on_main(place, objective.open)
+        if isinstance(objective, MixARObjective) and objective.prior is not None:
+            data["prior"] = objective.frozen.fingerprints["prior"]  # TI-Mix draws from it
+        run.check_data(data)
         tell_start(cfg, source, place)
         for line in kernels:
             log.info("%s", line)
-        return Trainer(cfg, objective, source, place, run).run()
+        folder = Trainer(cfg, objective, source, place, run).run()
+    except Stopped:
+        raise
+    except BaseException as error:
+        raise fail(in_words(error, cfg), run) from None
     finally:
-        run.close()
+        if run is not None:
+            run.close()
+    return folder
+
+
+def in_words(error: BaseException, cfg: Config) -> BaseException:
+    """`error`, or what it tells the user where it means a full disk."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(
+            f"{error.filename or cfg.run_dir} cannot be written ({error.strerror}): make room there, then the same "
+            "command goes on from the last checkpoint"
+        )
+    return error
+
+
+def fail(error: BaseException, run: RunDirectory | None) -> BaseException:
+    """Tell of an error. Among other ranks this process ends here: they may be waiting for it where no error reaches."""
+    keep_in_log(error)
+    if dist.among_others():
+        _tell(error)
+        status = report("mixar train", error)
+        if run is not None:
+            run.close()
+        dist.end(status)
+    return error
 
 
 def load_kernels(cfg: Config) -> list[str]:
@@ -98,27 +138,48 @@ def open_source(cfg: Config) -> Source:
     """Images for the codecs, shards that fit the config for the prior and MixAR."""
     if cfg.task in ("vae", "tokenizer"):
         return ImageSource(training_images(cfg.data), cfg.data.image_size)
-    check_manifest(read_manifest(cfg.data.shards, cfg.data.cache), cfg)
+    manifest = read_manifest(cfg.data.shards, cfg.data.cache)
+    check_manifest(manifest, cfg)
     pre_drawn = cfg.task == "mixar" and cfg.ti_mix.enabled and cfg.ti_mix.source == "shards"
-    return ShardSource(cfg.data.shards, cfg.data.cache, pre_drawn)
+    source = ShardSource(cfg.data.shards, cfg.data.cache, pre_drawn)
+    if source.recipe is not None:
+        check_pre_drawn(source.recipe, manifest, cfg)
+    return source
 
 
-def build_objective(cfg: Config, source: Source, place: dist.Place) -> Objective:
-    """The objective that `task` names."""
+def describe_data(cfg: Config, source: Source) -> dict[str, Any]:
+    """What is trained on, as plain values: digests of the data and the networks that made it, and the normalisation.
+
+    A run is held to it, and its checkpoints keep it: `mixar export` needs no shards.
+    """
+    if isinstance(source, ImageSource):
+        return {"images": _images_fingerprint(source.images)}
+    assert isinstance(source, ShardSource)
+    manifest = read_manifest(cfg.data.shards, cfg.data.cache)
+    data = {"shards": source.digest, "vae": manifest.vae, "tokenizer": manifest.tokenizer, "count": manifest.count}
+    if source.recipe is not None:
+        data["pre_drawn"] = source.recipe
     if cfg.task == "mixar":
-        return MixARObjective(cfg, latent_norm(cfg), place.device)
+        data["latents"] = latent_norm(cfg, manifest).to_dict()
+    return data
+
+
+def build_objective(cfg: Config, source: Source, device: torch.device, data: dict[str, Any]) -> Objective:
+    """The objective that `task` names; `data` as `describe_data` gives it."""
+    if cfg.task == "mixar":
+        return MixARObjective(cfg, LatentNorm.from_dict(data["latents"]), device, data)
     if cfg.task == "prior":
-        return PriorObjective(cfg)
+        return PriorObjective(cfg, data)
     assert isinstance(source, ImageSource)
     shown = torch.stack([source[i][0] for i in range(min(16, len(source)))])
     return VAEObjective(cfg, shown) if cfg.task == "vae" else TokenizerObjective(cfg, shown)
 
 
-def latent_norm(cfg: Config) -> LatentNorm:
+def latent_norm(cfg: Config, manifest: Manifest | None = None) -> LatentNorm:
     """MAR's factor where `vae.latent_scale` is set, else the statistics in the shards' manifest."""
     if cfg.vae.latent_scale is not None:
         return LatentNorm.from_scale(cfg.vae.latent_scale, cfg.vae.latent_channels)
-    manifest = read_manifest(cfg.data.shards, cfg.data.cache)
+    manifest = manifest or read_manifest(cfg.data.shards, cfg.data.cache)
     return LatentNorm(torch.tensor(manifest.latent_mean), torch.tensor(manifest.latent_std))
 
 
@@ -139,40 +200,47 @@ def run(args: argparse.Namespace) -> None:
         return
     try:
         train(load_config(args.config, overrides))
-        _tell("done")
-    except Stopped:
-        _tell("stopped")
+        _tell(None)
+    except Stopped as stop:
+        _tell(stop)
+        if stop.status:
+            sys.exit(stop.status)
     except UserError as error:
-        if error.status == UserError.status:  # no passing error's, here or on another rank
-            _tell("refused")
-        dist.abandon(error.status)
+        _tell(error)
         raise
     dist.leave()
 
 
-def _tell(outcome: str) -> None:
-    """Tell the job script that started this how it ended: done, stopped or refused.
+def _tell(end: BaseException | None) -> None:
+    """Tell the job script that started this how it ended: done, stopped, or refused for a mistake of the user.
 
-    By a file, since a launcher makes of the exit statuses of its processes what it likes.
+    By a file, since a launcher makes of the exit statuses of its processes what it likes. Of what may pass, and of what
+    is nobody's mistake, it says nothing: the script starts it again.
     """
     file = os.environ.get("MIXAR_OUTCOME")
-    if file and (outcome == "refused" or dist.find().is_main):
-        Path(file).write_text(outcome + "\n")
+    if isinstance(end, UserError | SystemExit) and getattr(end, "status", 2) == UserError.status:
+        outcome = "refused"
+    elif end is None or isinstance(end, Stopped):
+        outcome = ("done" if end is None else "stopped") if dist.find().is_main else ""
+    else:
+        outcome = ""
+    if file and outcome:
+        write_text(file, outcome + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     try:
-        run(parser.parse_intermixed_args())
-    except UserError as error:
-        if not isinstance(error, dist.ElsewhereError):
-            print(f"mixar train: {error}", file=sys.stderr)
-        sys.exit(error.status)
-    except SystemExit as end:  # argparse's: after --help, or of a wrong flag
+        args = parser.parse_intermixed_args()
+    except SystemExit as end:  # after --help, or of a wrong flag
         if end.code:
-            _tell("refused")
+            _tell(end)
         raise
+    try:
+        run(args)
+    except (UserError, KeyboardInterrupt) as error:
+        sys.exit(report("mixar train", error))
 
 
 if __name__ == "__main__":

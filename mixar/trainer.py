@@ -3,7 +3,8 @@
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,22 @@ from mixar.errors import UserError
 from mixar.metrics import Averages, Metrics, log
 from mixar.objectives import Objective
 from mixar.objectives.base import mean_of
-from mixar.watch import Signals, Watchdog
-from mixar.weights import read_fitting
+from mixar.signals import Signals
+from mixar.watch import Watchdog
+from mixar.weights import holds, read_fitting
 
-GO, STOP, FAILED = range(3)  # what ranks agree on before a step; the largest wins
+GO, STOP, INTERRUPTED, FAILED = range(4)  # what ranks agree on before a step; the largest wins
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended the run early, after a checkpoint. Whoever does not ask for it ends as after Ctrl-C."""
+    """A signal ended the run early, after a checkpoint. Whoever does not ask for it ends as after Ctrl-C.
+
+    Attributes:
+        status: to exit with: 130 after Ctrl-C, 0 after what schedulers send.
+    """
+
+    def __init__(self, status: int) -> None:
+        self.status = status
 
 
 class Trainer:
@@ -38,7 +47,10 @@ class Trainer:
     def __init__(self, cfg: Config, objective: Objective, source: Source, place: Place, run: RunDirectory) -> None:
         self.cfg, self.objective, self.source, self.place, self.run_dir = cfg, objective, source, place, run
         self.count = sum(source.shard_sizes)
-        self.engine = build_engine(cfg, _Task(objective, cfg), self._lr, place, run.path)
+        task = _Task(objective, cfg, fresh=not dist.on_main(place, run.checkpoints))
+        self.engine = build_engine(cfg, task, self._lr, place, run.path)
+        task.given.clear()  # they are in the engine now
+        dist.limit_groups(cfg.engine.timeout)
         self.progress = run.load(self.engine)
         self._saved = self.progress
         self.steps = math.ceil(cfg.train.epochs * self.count / cfg.train.batch)
@@ -60,12 +72,15 @@ class Trainer:
         train, run = self.cfg.train, self.run_dir
         total = self.steps * train.batch
         metrics = Metrics(run.path, self.progress.step, self.progress.images, total) if self.place.is_main else None
-        averages, wait, recent, agreement = Averages(), 0.0, _Recent(), Agreement(self.place)
-        with Signals() as signals, Watchdog(self.cfg.engine.timeout) as watchdog:
-            batches = self._batches()
+        averages, wait, recent, agreement = Averages(), 0.0, _Recent(), Agreement(self.place, self.cfg.engine.timeout)
+        with (
+            Signals(self.place.launcher) as signals,
+            Watchdog(self.cfg.engine.timeout) as watchdog,
+            closing(self._batches()) as batches,
+        ):
             for step in range(self.progress.step, self.steps):
                 watchdog.beat(step)
-                self._heed(agreement.exchange(STOP if signals.caught else FAILED if run.failed else GO))
+                self._heed(agreement.exchange(self._wish(signals)))
                 begun = time.monotonic()
                 micro = next(batches)
                 wait += time.monotonic() - begun
@@ -84,10 +99,10 @@ class Trainer:
                         metrics.write(step + 1, self.progress.images, means, wait)
                     wait = 0.0
                 begun = time.monotonic()
-                if last or self._due(step, train.samples_every):
-                    self._preview(metrics)
                 if last or self._due(step, train.checkpoint_every):
                     self._save()
+                if self._due(step, train.samples_every) or (last and train.samples_every > 0):
+                    self._preview(metrics)
                 if metrics is not None:
                     metrics.leave_out(time.monotonic() - begun)
             agreement.settle()
@@ -96,23 +111,29 @@ class Trainer:
             run.wait()
             return self._export()
 
+    def _wish(self, signals: Signals) -> int:
+        """What this rank brings to the agreement before a step."""
+        if self.run_dir.failed:
+            return FAILED
+        return GO if signals.caught is None else INTERRUPTED if signals.caught == "SIGINT" else STOP
+
     def _heed(self, agreed: int) -> None:
         """Do what the ranks agreed on."""
         if agreed == FAILED:
             self.run_dir.wait()  # raises on every rank
-        elif agreed == STOP:
+        elif agreed != GO:
             if self.progress != self._saved:
                 self._save()
             self.run_dir.wait()
             log.info("stopped by a signal after step %d, a checkpoint is kept: the same command goes on",
                      self.progress.step)  # fmt: skip
-            raise Stopped
+            raise Stopped(130 if agreed == INTERRUPTED else 0)
 
     def _save(self) -> None:
         self.run_dir.save(self.engine, self.progress)
         self._saved = self.progress
 
-    def _batches(self) -> Iterator[list[Batch]]:
+    def _batches(self) -> Generator[list[Batch], None, None]:
         """This rank's micro-batches of each step, from where the run stands."""
         train = self.cfg.train
         micro = images_a_pass(self.cfg, self.place.world)
@@ -120,10 +141,10 @@ class Trainer:
             self.source, self.cfg.seed, train.batch, micro, self.place.rank, self.place.world, self.cfg.data.workers,
             self.cfg.data.flip, start=self.progress.images,
         )  # fmt: skip
-        stream = iter(loader)
         accumulate = train.batch // (micro * self.place.world)
-        while True:
-            yield [batch.to(self.place.device) for batch in itertools.islice(stream, accumulate)]
+        with closing(iter(loader)) as stream:
+            while True:
+                yield [batch.to(self.place.device) for batch in itertools.islice(stream, accumulate)]
 
     def _due(self, step: int, every: float) -> bool:
         """Whether a period of `every` epochs ends with this step; 0 is never."""
@@ -156,17 +177,30 @@ class Trainer:
         model = self._replica()
         if model is None or metrics is None:
             return
-        with self.place.autocast(self.cfg.train.precision):
-            images = self.objective.preview(model)
-        if images is not None:
-            metrics.images("samples", images, self.progress.step)
+        try:
+            with self.place.autocast(self.cfg.train.precision):
+                images = self.objective.preview(model)
+            if images is not None:
+                metrics.images("samples", images, self.progress.step)
+        except Exception:  # whatever it is, the training is worth more than a picture of it
+            log.exception("the preview after step %d failed, the run goes on:", self.progress.step)
 
     def _export(self) -> Path:
+        if self.steps and not dist.on_main(self.place, self.engine.updates.item):
+            raise UserError(
+                f"none of the run's {self.steps} steps was finite, nothing was learned: lower optim.lr, or write "
+                "train.precision=fp32"
+            )
         folder = self.run_dir.export_path(self.progress.images)
-        if not dist.on_main(self.place, folder.exists):
-            model = self._replica()
-            about = {"images": self.progress.images, "epochs": self.epoch(self.progress.step), "weights": "ema"}
-            dist.on_main(self.place, lambda: self.objective.export(model, folder, about))  # type: ignore[arg-type]
+        model = self._replica()
+        about = {"images": self.progress.images, "epochs": self.epoch(self.progress.step), "weights": "ema"}
+
+        def write() -> None:
+            assert model is not None
+            if not holds(folder, model.state_dict()):
+                self.objective.export(model, folder, about)
+
+        dist.on_main(self.place, write)
         log.info("trained: the EMA weights are in %s", folder)
         return folder
 
@@ -174,14 +208,15 @@ class Trainer:
 class _Task:
     """An objective as engines train it: from the weights of `init_from`, and dropping out the same units everywhere."""
 
-    def __init__(self, objective: Objective, cfg: Config) -> None:
+    def __init__(self, objective: Objective, cfg: Config, fresh: bool) -> None:
         self.objective, self.seed = objective, cfg.seed
         self.build, self.decays = objective.build, objective.decays
+        self.survey = getattr(objective, "survey", None)
         self.given: dict[str, Tensor] = {}
-        if cfg.init_from is not None:
+        if cfg.init_from is not None and fresh:  # what resumes has weights of its own
             with torch.device("meta"):
                 own = objective.build().state_dict()
-            self.given = read_fitting(cfg.init_from, own, log.info)
+            self.given = read_fitting(cfg.init_from, own, log.info, cfg.trust_pickle)
 
     def initial(self, name: str, like: Tensor) -> Tensor:
         return self.given[name] if name in self.given else self.objective.initial(name, like)

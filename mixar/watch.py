@@ -1,42 +1,12 @@
-"""What a run hears from outside, and what it tells when it hangs."""
+"""What a run tells when it hangs."""
 
-import signal
 import sys
 import threading
 import traceback
 from contextlib import AbstractContextManager
-from types import FrameType, TracebackType
-from typing import Any
+from types import TracebackType
 
 from mixar.metrics import log
-
-STOPPING = (signal.SIGTERM, signal.SIGUSR2)  # what schedulers send before they end a job
-
-
-class Signals(AbstractContextManager):
-    """Takes the signals that ask for an end, so that a run can end between two steps. Put back on leaving.
-
-    Attributes:
-        caught: the name of the signal that came, None before.
-    """
-
-    def __init__(self) -> None:
-        self.caught: str | None = None
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> "Signals":
-        if threading.current_thread() is threading.main_thread():  # python gives signals to no other
-            self._before = {number: signal.signal(number, self._take) for number in STOPPING}
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _take(self, number: int, frame: FrameType | None) -> None:
-        self.caught = signal.Signals(number).name
 
 
 class Watchdog(AbstractContextManager):

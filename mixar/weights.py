@@ -124,18 +124,24 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str | Pa
     module.load_state_dict(state, assign=any(value.is_meta for value in own.values()))
 
 
-def read_fitting(path: str | Path, own: Mapping[str, Tensor], tell: Callable[[str], None]) -> State:
+def read_fitting(
+    path: str | Path, own: Mapping[str, Tensor], tell: Callable[[str], None], trust_pickle: bool = False
+) -> State:
     """Other weights to start from: those of the same name and shape as one of `own`.
 
     Args:
-        path: an export folder, or a checkpoint file of a plain or MAR's nesting.
+        path: an export folder, a run directory with exports, or a checkpoint file of a plain or MAR's nesting.
         own: the state dict of the network to start; only its shapes matter.
         tell: gets one line of what was loaded, left new, misshapen and not used.
+        trust_pickle: as in `read_state`.
 
     Raises:
         UserError: as `read_state`, or not one tensor fits.
     """
-    state = read_state(Path(path) / "model.safetensors") if is_export(path) else read_state(path, PUBLIC["mar"].nesting)
+    if Path(path).is_dir():
+        state = read_state(find_export(path) / "model.safetensors")
+    else:
+        state = read_state(path, PUBLIC["mar"].nesting, trust_pickle)
     fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
     if not fitting:
         raise UserError(f"no tensor in {path} has a name and shape of this network: write init_from=<weights of one>")
@@ -153,8 +159,9 @@ def read_fitting(path: str | Path, own: Mapping[str, Tensor], tell: Callable[[st
 
 
 def write_export(
-    folder: str | Path, kind: str, config: dict[str, Any], state: Mapping[str, Tensor], **extra: Any
-) -> None:
+    folder: str | Path, kind: str, config: dict[str, Any], state: Mapping[str, Tensor], replace: bool = False,
+    **extra: Any,
+) -> None:  # fmt: skip
     """Write the export `folder`: it appears complete or not at all.
 
     Args:
@@ -162,29 +169,61 @@ def write_export(
         kind: what the weights are of, such as vae, tokenizer, prior, mixar.
         config: the network's section(s) of the config, as plain values.
         state: its state dict, all values from one rank.
+        replace: a folder of that name makes room for this one.
         extra: further entries of config.json.
 
     Raises:
-        UserError: `folder` exists, or cannot be written.
+        UserError: `folder` exists, or cannot be written; weights that are not finite.
     """
-    with creating_folder(folder) as aside:
+    with creating_folder(folder, replace) as aside:
         write_network(aside, kind, config, state, **extra)
 
 
 def write_network(folder: Path, kind: str, config: dict[str, Any], state: Mapping[str, Tensor], **extra: Any) -> None:
     """The files of an export into `folder`, which is just being made; arguments and errors as `write_export`."""
+    if name := next((name for name, value in state.items() if not torch.isfinite(value).all()), None):
+        raise UserError(f"the {kind} has weights that are not finite, {name} for one: take an earlier checkpoint")
     folder.mkdir(exist_ok=True)
     try:
         weights = {name: value.detach().cpu().contiguous() for name, value in state.items()}
         save_file(weights, folder / "model.safetensors")
     except SafetensorError as error:  # what it makes of a full disk
         raise OSError(errno.EIO, str(error)) from None
-    write_json(folder / "config.json", {"kind": kind, "version": __version__, "config": config, **extra})
+    about = {"kind": kind, "version": __version__, "fingerprint": fingerprint(state), "config": config}
+    write_json(folder / "config.json", about | extra)
 
 
 def is_export(path: str | Path) -> bool:
     """Whether `path` is a folder with the two files of an export."""
     return all((Path(path) / name).is_file() for name in ("config.json", "model.safetensors"))
+
+
+def find_export(path: str | Path) -> Path:
+    """`path` itself where it is an export, else the newest below `path`/exports, as training leaves them.
+
+    Raises:
+        UserError: neither is there.
+    """
+    path = Path(path)
+    if is_export(path):
+        return path
+    found = [file.parent for file in path.glob("exports/[0-9]*-ema/config.json")]
+    if not found:
+        raise UserError(
+            f"no export at {path}: give a folder with config.json and model.safetensors, or a run directory; "
+            f"`mixar export {path}` makes one of a run's newest checkpoint"
+        )
+    return max(found, key=lambda folder: int(folder.name.removesuffix("-ema")))
+
+
+def holds(folder: str | Path, state: Mapping[str, Tensor]) -> bool:
+    """Whether the export `folder` is whole and of just these weights."""
+    try:
+        about = json.loads((Path(folder) / "config.json").read_text())
+        known = about.get("fingerprint") or fingerprint(read_state(Path(folder) / "model.safetensors"))
+        return is_export(folder) and known == fingerprint(state)
+    except (OSError, ValueError, AttributeError, UserError):
+        return False
 
 
 def read_export(folder: str | Path, kind: str) -> tuple[dict[str, Any], State]:

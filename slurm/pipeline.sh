@@ -15,12 +15,16 @@ case ${1:-} in
   *) echo "pipeline.sh: '${1:-}' is no size: write slurm/pipeline.sh l [CONFIG] [key=value ...] -- ..." >&2 && exit 2 ;;
 esac
 [[ ${1:-} == *.yaml ]] || set -- "configs/mixar_$size.yaml" "$@"
-arguments=()
-while (($#)) && [ "$1" != -- ]; do arguments+=("$1") && shift; done
+arguments=() config=() # the latter without flags, which are of prepare and train
+while (($#)) && [ "$1" != -- ]; do
+  arguments+=("$1")
+  [[ $1 == -* ]] || config+=("$1")
+  shift
+done
 (($# > 1)) || { echo "pipeline.sh: no arguments for evaluate: write ... -- --reference IMAGES" >&2 && exit 2; }
 shift # the --
 # a mistake in the config is found before anything is submitted
-run_dir=$("${CONTAINER[@]}" python -m mixar train "${arguments[@]}" --dry-run | sed -n 's/^run_dir: //p')
+run_dir=$("${CONTAINER[@]}" python -m mixar plan "${config[@]}" --print run_dir)
 
 # Submit a script, after the jobs of that id if one is given.
 submit() {

@@ -1,10 +1,19 @@
-"""Kill ranks of real runs at random moments, again and again, and see that nothing is lost but the last few steps.
+"""Disturb real runs at random moments, again and again, and see that nothing is lost but the last few steps.
 
     python -m tests.chaos --kills 20 --engine fsdp
 
-A run is started, one of its ranks is killed (SIGKILL), in every third start as soon as a checkpoint is being written;
-the others end as a launcher would end them; the run is started again, until all kills are spent and it reaches its end.
-Then every loss that it logged must equal, in every digit, that of a run which nobody disturbed.
+A run of two ranks with loader workers is started, one of these happens to it, and it is started again, until all are
+spent and it reaches its end:
+
+    kill      one rank is killed, in every third start as soon as a checkpoint is being written
+    group     a signal that asks for an end goes to all ranks and their workers
+    launcher  the same to the torchrun that started the ranks
+    step, loader, sums   an error on one rank: in its step, in its loader's worker, in the sums of a checkpoint
+    disk      the disk fills
+    reader    another process reads the checkpoints all the while, and then a rank is killed
+
+Then every loss that was logged must equal, in every digit, that of a run which nobody disturbed; what asks for an end
+must have cost no step; each reason must have been told; and no rank may have waited longer than `engine.timeout`.
 """
 
 import argparse
@@ -13,149 +22,299 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from mixar.checkpoint import complete_checkpoints
-from tests.home import make_home, rank_environments
+from tests.home import ROOT, free_port, make_home, rank_environments
+from tests.home import records as all_records
 
-STEPS, CHECKPOINT_EVERY = 160, 4
-TIMES = ("images_per_second", "data_wait")
+STEPS, CHECKPOINT_EVERY, TIMEOUT = 160, 4, 60
+TIMES = ("images_per_second", "data_wait", "time")
+ENDS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
+SENTENCE = "a fault of chance"  # what the errors on one rank say
+TOLD = {
+    "group": "stopped by a signal", "launcher": "stopped by a signal", "step": SENTENCE, "loader": SENTENCE,
+    "sums": SENTENCE, "disk": "No space left on device",
+}  # fmt: skip
+KINDS = ("kill", "group", "kill", "step", "loader", "kill", "sums", "reader", "disk", "launcher")
 
 
 @dataclass
 class Summary:
-    kills: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
     while_writing: int = 0  # those that came while a checkpoint was being written
     resumes: int = 0
     lost_steps: int = 0  # trained a second time, in all
-    most_lost: int = 0  # after one kill
+    most_lost: int = 0  # after one fault
+    lost_by_signals: int = 0
+    untold: int = 0  # reasons that no rank told
+    waits: int = 0  # starts that went on for longer than the time-out after the fault
     divergent_losses: int = 0
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.lost_by_signals or self.untold or self.waits or self.divergent_losses)
 
 
 def overrides(run: Path, engine: str) -> list[str]:
     return [
         f"run_dir={run}", f"engine.name={engine}", f"train.epochs={STEPS / 4}", "train.log_every=1", "train.keep=2",
-        f"train.checkpoint_every={CHECKPOINT_EVERY / 4}", "engine.timeout=60",
+        f"train.checkpoint_every={CHECKPOINT_EVERY / 4}", f"engine.timeout={TIMEOUT}", "data.workers=1",
     ]  # fmt: skip
 
 
-def fork_ranks(config: Path, run: Path, engine: str, world: int) -> list[int]:
-    """Start a run as `world` ranks, forked from this process, which has imported what they need: their process ids."""
-    pids = []
-    for place in rank_environments(world):
+def arm(kind: str, call: int) -> None:
+    """Let the `call`-th call of something that this process does fail."""
+    from mixar import checkpoint
+    from mixar.data.loader import ShardSource
+    from mixar.errors import UserError
+    from mixar.objectives import MixARObjective
+
+    places = {"step": (MixARObjective, "loss"), "loader": (ShardSource, "read"), "sums": (checkpoint, "_sums")}
+    owner, name = places[kind]
+    method, count = getattr(owner, name), 0
+    error = (UserError(SENTENCE), OSError(5, SENTENCE), ZeroDivisionError(SENTENCE))[call % 3]
+
+    def fails(*args):
+        nonlocal count
+        count += 1
+        if count == call:
+            raise error
+        return method(*args)
+
+    setattr(owner, name, fails)
+
+
+def fork_ranks(
+    config: Path, run: Path, engine: str, world: int, log: Path, armed: Callable[[int], None] = lambda rank: None
+) -> list[int]:
+    """Start a run as `world` ranks in one group, forked from this process, which has imported what they need.
+
+    Args:
+        armed: called in each rank before it trains.
+    """
+    pids: list[int] = []
+    for rank, place in enumerate(rank_environments(world)):
         pid = os.fork()
         if pid == 0:
             status = 1
             try:
+                os.setpgid(0, pids[0] if pids else 0)
                 torch.set_num_threads(1)  # a fork's thread pool is made at this call: two threads racing to it abort
                 os.environ.update(place)
-                log = os.open(run.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-                os.dup2(log, 1)
-                os.dup2(log, 2)
-                from mixar.train import add_arguments
-                from mixar.train import run as train
+                out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                os.dup2(out, 1)
+                os.dup2(out, 2)
+                armed(rank)
+                sys.argv = ["train", str(config), *overrides(run, engine)]
+                from mixar.train import main
 
-                parser = argparse.ArgumentParser()
-                add_arguments(parser)
-                train(parser.parse_intermixed_args([str(config), *overrides(run, engine)]))
+                main()
                 status = 0
+            except SystemExit as end:
+                status = end.code if isinstance(end.code, int) else 1
             finally:
                 os._exit(status)
         pids.append(pid)
+        os.setpgid(pid, pids[0])
     return pids
 
 
-def wait(pids: list[int], seconds: float) -> bool:
-    """Wait for all to end, the others killed once one has failed; whether all succeeded."""
-    left, succeeded, limit = set(pids), True, time.monotonic() + seconds
+def wait(pids: list[int], seconds: float, grace: float = 0) -> bool:
+    """Wait for all to end, the others killed a `grace` after one has failed; whether that took at most `seconds`."""
+    left, begun, failed = set(pids), time.monotonic(), None
     while left:
         for pid in list(left):
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 left.remove(pid)
-                succeeded = succeeded and status == 0
-        if (not succeeded or time.monotonic() > limit) and left:
+                failed = failed or (time.monotonic() if status else None)
+        over = time.monotonic() - begun > seconds
+        if left and (over or (failed and time.monotonic() - failed > grace)):
             for pid in left:
                 os.kill(pid, signal.SIGKILL)
-            succeeded = False
+                os.waitpid(pid, 0)
+            return not over
         time.sleep(0.01)
-    return succeeded
+    return True
+
+
+def succeeds(pids: list[int], seconds: float) -> bool:
+    statuses = []
+    limit = time.monotonic() + seconds
+    while len(statuses) < len(pids) and time.monotonic() < limit:
+        for pid in pids:
+            done, status = os.waitpid(pid, os.WNOHANG) if pid not in dict(statuses) else (0, 0)
+            statuses += [(done, status)] if done else []
+        time.sleep(0.01)
+    return len(statuses) == len(pids) and not any(status for _, status in statuses)
 
 
 def logged(run: Path) -> list[dict]:
-    """The records of a run, without what a clock gave and without a last line that a kill tore."""
-    found = []
-    for line in (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []:
+    """The records of a run, without what a clock gave."""
+    found = all_records(run) if (run / "metrics.jsonl").exists() else []
+    return [{name: value for name, value in record.items() if name not in TIMES} for record in found]
+
+
+def tail(log: Path) -> str:
+    return "\n".join(log.read_text().splitlines()[-40:])
+
+
+class Story:
+    """One run that things happen to."""
+
+    def __init__(self, root: Path, engine: str, world: int, seed: int) -> None:
+        self.engine, self.world, self.chance = engine, world, random.Random(seed)
+        self.config, self.log, self.disk = root / "config.yaml", root / f"{engine}.log", root / f"disk-{engine}"
+        self.disk.mkdir()
+        small = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(self.disk)], capture_output=True)
+        self.kinds = [kind for kind in KINDS if kind != "disk" or small.returncode == 0]
+        self.run, self.summary = self.disk / "run", Summary()
+
+    def close(self) -> None:
+        if "disk" in self.kinds:
+            subprocess.run(["umount", "-l", str(self.disk)], check=True)
+
+    def start(self, kind: str) -> list[int]:
+        victim, call = self.chance.randrange(self.world), self.chance.randrange(3, 40)
+        call = max(3, call // 8) if kind == "sums" else call
+
+        def armed(rank: int) -> None:
+            if rank == victim and kind in ("step", "loader", "sums"):
+                arm(kind, call)
+
+        return fork_ranks(self.config, self.run, self.engine, self.world, self.log, armed)
+
+    def moment(self, begun: int, while_writing: bool, alive: Callable[[], bool]) -> bool:
+        """Wait for a random moment after the first step of this start; whether a checkpoint was being written."""
+        patience, started = self.chance.uniform(0.2, 1.2), None
+        while alive():
+            if started is None and len(logged(self.run)) != begun:
+                started = time.monotonic()
+            writing = any((self.run / "checkpoints").glob(".*.partial"))
+            late = started is not None and time.monotonic() - started > patience
+            if (writing and while_writing and started is not None) or (late and not while_writing):
+                return writing
+            time.sleep(0.001)
+        raise SystemExit(f"a rank ended by itself:\n{tail(self.log)}")
+
+    def disturb(self, kind: str) -> None:
+        """Start the run and let `kind` happen to it."""
+        begun, said = len(logged(self.run)), self.log.stat().st_size if self.log.exists() else 0
+        if kind == "launcher":
+            timely = self.launch(begun)
+        else:
+            pids = self.start(kind)
+            alive = lambda: os.waitpid(pids[-1], os.WNOHANG)[0] == 0
+            timely = getattr(self, f"_{kind}", self._error)(pids, begun, alive)
+        told = TOLD.get(kind, "") in self.log.read_text()[said:]
+        self.summary.faults[kind] += 1
+        self.summary.untold += not told
+        self.summary.waits += not timely
+        if not told or not timely:
+            print(f"{kind}: {'in time' * timely}, {'told' * told}\n{self.log.read_text()[said:][-4000:]}", flush=True)
+
+    def _kill(self, pids: list[int], begun: int, alive: Callable[[], bool]) -> bool:
+        writing = self.moment(begun, self.summary.faults["kill"] % 3 == 0, alive)
+        os.kill(self.chance.choice(pids), signal.SIGKILL)
+        self.summary.while_writing += writing
+        return wait(pids, TIMEOUT + 20, grace=5)
+
+    def _group(self, pids: list[int], begun: int, alive: Callable[[], bool]) -> bool:
+        self.summary.while_writing += self.moment(begun, False, alive)
+        os.killpg(pids[0], self.chance.choice(ENDS))
+        return wait(pids, TIMEOUT, grace=TIMEOUT)
+
+    def _error(self, pids: list[int], begun: int, alive: Callable[[], bool]) -> bool:
+        return wait(pids, 2 * TIMEOUT)
+
+    def _disk(self, pids: list[int], begun: int, alive: Callable[[], bool]) -> bool:
+        self.summary.while_writing += self.moment(begun, False, alive)
+        filler = self.disk / "filler"
         try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        found.append({name: value for name, value in record.items() if name not in TIMES})
-    return found
+            with filler.open("wb") as file:
+                while True:
+                    file.write(bytes(1 << 16))
+                    file.flush()
+        except OSError:
+            timely = wait(pids, TIMEOUT + 20, grace=5)
+        filler.unlink()
+        return timely
 
+    def _reader(self, pids: list[int], begun: int, alive: Callable[[], bool]) -> bool:
+        reader = os.fork()
+        if reader == 0:
+            while True:
+                for file in (self.run / "checkpoints").rglob("*"):
+                    with suppress(OSError):  # a folder, or gone
+                        file.read_bytes()
+        try:
+            return self._kill(pids, begun, alive)
+        finally:
+            os.kill(reader, signal.SIGKILL)
+            os.waitpid(reader, 0)
 
-def tail(run: Path) -> str:
-    return "\n".join(run.with_suffix(".log").read_text().splitlines()[-40:])
+    def launch(self, begun: int) -> bool:
+        """The run under a real torchrun, which a signal then ends."""
+        torchrun = [str(Path(sys.executable).with_name("torchrun")), f"--nproc_per_node={self.world}",
+                    f"--master_port={free_port()}", str(ROOT / "mixar" / "train.py"), str(self.config)]  # fmt: skip
+        with self.log.open("a") as log:
+            process = subprocess.Popen([*torchrun, *overrides(self.run, self.engine)], stdout=log, stderr=log,
+                                       env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)  # fmt: skip
+        self.moment(begun, False, lambda: process.poll() is None)
+        process.send_signal(self.chance.choice(ENDS))
+        try:
+            process.wait(TIMEOUT)
+            # of some signals torchrun dies at once, and its ranks end after it
+            limit = time.monotonic() + TIMEOUT
+            while subprocess.run(["pgrep", "-f", f"run_dir={self.run}"], stdout=subprocess.DEVNULL).returncode == 0:
+                if time.monotonic() > limit:
+                    raise subprocess.TimeoutExpired(torchrun, TIMEOUT)
+                time.sleep(0.1)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return False
+        return True
 
-
-def disturb(pids: list[int], run: Path, chance: random.Random, while_writing: bool) -> bool:
-    """Kill a rank: after a while, or when a checkpoint begins. Whether one was being written."""
-    victim, begun = chance.choice(pids), len(logged(run))
-    patience = chance.uniform(0.2, 1.2)
-    started = None  # the first step of this start
-    while True:
-        if started is None and len(logged(run)) != begun:
-            started = time.monotonic()
-        writing = any((run / "checkpoints").glob(".*.partial"))
-        late = started is not None and time.monotonic() - started > patience
-        if (writing and while_writing and started is not None) or (late and not while_writing):
-            break
-        if os.waitpid(victim, os.WNOHANG)[0]:
-            raise SystemExit(f"a rank ended by itself:\n{tail(run)}")
-        time.sleep(0.001)
-    os.kill(victim, signal.SIGKILL)
-    return writing
-
-
-def chaos(root: Path, engine: str, kills: int, world: int, seed: int) -> Summary:
-    """Run the whole story; raises where a start fails that nobody disturbed."""
-    chance, config = random.Random(seed), root / "config.yaml"
-    whole, killed = root / f"whole-{engine}", root / f"killed-{engine}"
-    if not wait(fork_ranks(config, whole, engine, world), 600):
-        raise SystemExit(f"the undisturbed run failed:\n{tail(whole)}")
-    summary = Summary()
-    while summary.kills < kills:
-        done = max((record["step"] for record in logged(killed)), default=0)
-        if done > 0.7 * STEPS:  # room for kills: the same run again, from its first checkpoints on
-            shutil.rmtree(killed)
-            done = 0
-        kept = complete_checkpoints(killed)
-        if kept:
-            summary.resumes += 1
-        lost = done - (int(kept[-1].name) // 16 if kept else 0)
-        summary.lost_steps, summary.most_lost = summary.lost_steps + lost, max(summary.most_lost, lost)
-        pids = fork_ranks(config, killed, engine, world)
-        writing = disturb(pids, killed, chance, while_writing=summary.kills % 3 == 0)
-        wait(pids, 0 if world == 1 else 5)
-        summary.kills, summary.while_writing = summary.kills + 1, summary.while_writing + writing
-        print(f"kill {summary.kills}: at step {len(logged(killed))}{', while writing' * writing}", flush=True)
-    summary.resumes += 1
-    if not wait(fork_ranks(config, killed, engine, world), 600):
-        raise SystemExit(f"the run did not reach its end:\n{tail(killed)}")
-    expected, found = logged(whole), logged(killed)
-    summary.divergent_losses = sum(a != b for a, b in zip(expected, found)) + abs(len(expected) - len(found))
-    return summary
+    def tell(self, faults: int) -> Summary:
+        """The whole story; raises where a start fails that nobody disturbed."""
+        whole, summary = self.disk / "whole", self.summary
+        if not succeeds(fork_ranks(self.config, whole, self.engine, self.world, self.log), 600):
+            raise SystemExit(f"the undisturbed run failed:\n{tail(self.log)}")
+        for number in range(faults):
+            done = max((record["step"] for record in logged(self.run)), default=0)
+            if done > 0.6 * STEPS:  # room for more: the same run again, from its first checkpoints on
+                shutil.rmtree(self.run)
+            kind = self.kinds[number % len(self.kinds)]
+            summary.resumes += bool(complete_checkpoints(self.run))
+            self.disturb(kind)
+            done = max((record["step"] for record in logged(self.run)), default=0)
+            kept = complete_checkpoints(self.run)
+            lost = done - (int(kept[-1].name) // 16 if kept else 0)
+            summary.lost_steps, summary.most_lost = summary.lost_steps + lost, max(summary.most_lost, lost)
+            summary.lost_by_signals += lost * (kind in ("group", "launcher"))
+            print(f"{number + 1}: {kind}, at step {done}, {lost} lost", flush=True)
+        summary.resumes += 1
+        if not succeeds(fork_ranks(self.config, self.run, self.engine, self.world, self.log), 600):
+            raise SystemExit(f"the run did not reach its end:\n{tail(self.log)}")
+        expected, found = logged(whole), logged(self.run)
+        summary.divergent_losses = sum(a != b for a, b in zip(expected, found)) + abs(len(expected) - len(found))
+        return summary
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=20, help="faults, of all kinds in turn")
     parser.add_argument("--engine", default="fsdp", help="ddp, fsdp, hsdp, zero1, zero2 or zero3")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -165,9 +324,13 @@ def main() -> int:
     torch.set_num_threads(1)  # a process that has started threads cannot be forked
     with tempfile.TemporaryDirectory() as folder:
         make_home(Path(folder))
-        summary = chaos(Path(folder), args.engine, args.kills, args.ranks, args.seed)
-    print(json.dumps({"engine": args.engine, "ranks": args.ranks, **asdict(summary)}))
-    return 1 if summary.divergent_losses else 0
+        story = Story(Path(folder), args.engine, args.ranks, args.seed)
+        try:
+            summary = story.tell(args.kills)
+        finally:
+            story.close()
+    print(json.dumps({"engine": args.engine, "ranks": args.ranks, **vars(summary)}))
+    return 1 if summary.failed else 0
 
 
 if __name__ == "__main__":

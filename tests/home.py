@@ -1,5 +1,6 @@
 """What runs need to be tried on: a small set of shards with its frozen networks, and several processes."""
 
+import json
 import os
 import random
 import socket
@@ -20,6 +21,7 @@ from mixar.data.shards import prepare
 from mixar.prior import Prior
 from mixar.weights import write_export
 
+ROOT = Path(__file__).resolve().parents[1]
 CONFIG = """
 run_dir: {root}/run
 data: {{images: {root}/images, shards: {root}/shards, image_size: 16, classes: 2, workers: 0}}
@@ -53,6 +55,17 @@ def make_home(root: Path) -> Path:
     return root
 
 
+def train_arguments(home: Path, run: Path, *overrides: str) -> list[str]:
+    """What follows `python` to train the config of a home in the folder `run`."""
+    return [str(ROOT / "mixar" / "train.py"), str(home / "config.yaml"), f"run_dir={run}", *overrides]
+
+
+def records(run: Path) -> list[dict]:
+    """What a run logged, without a last line that is being written."""
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 def free_port() -> int:
     """A port that is free, below those that the kernel hands out by itself: between probe and use it would."""
     while True:
@@ -76,14 +89,15 @@ def rank_environments(world: int, local: int | None = None) -> list[dict[str, st
 
 
 def start_ranks(
-    arguments: Sequence[str], world: int, local: int | None = None, log: Path | None = None, **env: str
-) -> list[subprocess.Popen]:
+    arguments: Sequence[str], world: int, local: int | None = None, log: Path | None = None,
+    start_new_session: bool = False, **env: str,
+) -> list[subprocess.Popen]:  # fmt: skip
     """`python ARGUMENTS` as so many ranks; what they say goes to `log`."""
     out = subprocess.DEVNULL if log is None else log.open("a")
     return [
         subprocess.Popen(
             [sys.executable, *arguments], env=os.environ | place | env, stdout=out, stderr=subprocess.STDOUT,
-            cwd=Path(__file__).parents[1],
+            cwd=ROOT, start_new_session=start_new_session,
         )
         for place in rank_environments(world, local)
     ]  # fmt: skip

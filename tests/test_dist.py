@@ -1,10 +1,15 @@
 """Where a process stands, from what each launcher gives it."""
 
+import os
+import socket
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from mixar import dist
-from mixar.errors import UserError
+from mixar.errors import PassingError, UserError
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "n1",
             "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "none"}  # fmt: skip
@@ -13,6 +18,7 @@ DEEPSPEED = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_SIZE": "2
 SRUN = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_PROCID": "9", "SLURM_LOCALID": "1",
         "SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
         "SLURM_STEP_NODELIST": "n[3-4]"}  # fmt: skip
+OTHERS = ("SLURM_", "TORCHELASTIC", "LOCAL_SIZE", "CROSS_", "OMPI_", "PMI_")
 
 
 @pytest.fixture
@@ -21,7 +27,7 @@ def find(monkeypatch):
 
     def run(environment: dict[str, str]) -> dist.Place:
         for name in list(dist.os.environ):
-            if name in dist._PLACE or name.startswith(("SLURM_", "TORCHELASTIC", "LOCAL_SIZE", "CROSS_")):
+            if name in dist._PLACE or name.startswith(OTHERS):
                 monkeypatch.delenv(name)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
@@ -37,6 +43,7 @@ def find(monkeypatch):
         (TORCHRUN, "torchrun", (5, 8, 1, 4)),
         (DEEPSPEED, "deepspeed", (1, 2, 1, 2)),
         (SRUN, "srun", (9, 16, 1, 8)),
+        (SRUN | {"PMI_RANK": "9", "PMI_SIZE": "16"}, "srun", (9, 16, 1, 8)),  # srun sets these too
         ({"RANK": "0", "WORLD_SIZE": "1"}, "torchrun", (0, 1, 0, 1)),
         # the batch shell of a job is no rank of anything
         ({"SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_NTASKS": "16"}, "python", (0, 1, 0, 1)),
@@ -57,6 +64,9 @@ def test_each_launcher_s_place_is_found(find, environment, launcher, place) -> N
         (TORCHRUN | {"RANK": "8"}, "contradict each other"),
         (TORCHRUN | {"LOCAL_WORLD_SIZE": "3"}, "contradict each other"),
         (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "9,7"}, "nodes must hold equally many"),
+        ({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "8"}, "OMPI_COMM_WORLD_SIZE=8 tell of mpirun"),
+        (SRUN | {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "8"}, "tell of mpirun"),  # its daemons are srun's
+        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "PMI_SIZE=2 tell of mpirun"),
     ],
 )
 def test_a_half_set_environment_ends_with_a_sentence(find, environment, told) -> None:
@@ -76,3 +86,38 @@ def test_ranks_that_do_not_meet_say_so(find) -> None:
     place = find(TORCHRUN | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "RANK": "1"})
     with pytest.raises(UserError, match=r"rank 1 of 8 did not meet the others at 127\.0\.0\.1:1"):
         dist.join(place, timeout=-9)
+
+
+MEET = """
+import sys, torch, torch.distributed as c10d
+from mixar import dist
+place = dist.start(60)
+total = torch.ones(1)
+c10d.all_reduce(total)
+print(int(total), flush=True)
+dist.leave()
+"""
+
+
+def test_ranks_of_a_step_meet_though_their_first_ports_are_taken(tmp_path) -> None:
+    step = SRUN | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "2",
+                   "MASTER_ADDR": "127.0.0.1", "SLURM_JOB_ID": "4711"}  # fmt: skip
+    first = 15000 + 4711
+    with socket.create_server(("", first)), socket.create_server(("", first + 1009)):  # one that never says a word
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", MEET], env=os.environ | step | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank},
+                stdout=subprocess.PIPE, text=True,
+            )
+            for rank in "01"
+        ]  # fmt: skip
+        assert [rank.communicate(timeout=120)[0] for rank in ranks] == ["2\n", "2\n"]
+
+
+def test_a_port_in_use_is_told_as_one(find) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        place = find(TORCHRUN | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "LOCAL_RANK": "0",
+                                 "TORCHELASTIC_USE_AGENT_STORE": "False"})  # fmt: skip
+        with pytest.raises(PassingError, match=rf"EADDRINUSE.*another process listens there.*:{port}'"):
+            dist.join(place, timeout=-5)

@@ -13,7 +13,7 @@ import mixar
 
 ROOT = Path(mixar.__file__).parent
 FLOORS = (
-    "errors draws ops",
+    "errors draws ops signals",
     "files",
     "config weights dist",
     "codecs prior mixing",

@@ -1,6 +1,7 @@
 """The frozen networks between images and tokens: the VAE (continuous) and the tokenizer (discrete)."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -11,7 +12,7 @@ from mixar.codecs.tokenizer import Tokenizer, ids_from_bits
 from mixar.codecs.vae import VAE, kl, posterior, to_uint8
 from mixar.config import TokenizerConfig, VAEConfig, section_from_dict
 from mixar.errors import UserError
-from mixar.weights import is_export, load_strict, read_export, read_public
+from mixar.weights import find_export, load_strict, read_export, read_public
 
 __all__ = ["VAE", "LatentNorm", "Tokenizer", "ids_from_bits", "kl", "load_tokenizer", "load_vae", "posterior",
            "to_uint8"]
@@ -38,7 +39,8 @@ def _load(kind: str, build: Callable[[Section], Network], cfg: Section, trust_pi
     source = cfg.weights
     if source is None:
         raise UserError(f"no weights for the {kind}: write {kind}.weights=<export folder or public checkpoint file>")
-    if is_export(source):
+    if Path(source).is_dir():
+        source = str(find_export(source))
         description, state = read_export(source, kind)
         cfg = section_from_dict(type(cfg), description["config"], f"{source}/config.json")
     else:

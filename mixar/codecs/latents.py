@@ -18,6 +18,15 @@ class LatentNorm:
         """MAR's form: one factor for all channels, normalised = latents * scale."""
         return cls(torch.zeros(channels), torch.full((channels,), 1 / scale))
 
+    @classmethod
+    def from_dict(cls, values: dict[str, list[float]]) -> "LatentNorm":
+        """What `to_dict` gave."""
+        return cls(torch.tensor(values["mean"]), torch.tensor(values["std"]))
+
+    def to_dict(self) -> dict[str, list[float]]:
+        """As plain values, for files."""
+        return {"mean": self.mean.tolist(), "std": self.std.tolist()}
+
     def normalise(self, latents: Tensor) -> Tensor:
         """What the model sees, from what `VAE.encode` gives."""
         return (latents - self._like(self.mean, latents)) / self._like(self.std, latents)

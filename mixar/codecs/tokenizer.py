@@ -41,9 +41,19 @@ class Tokenizer(nn.Module):
         codes = self.quantize.codebook[ids]
         return self.decoder(rearrange(codes, "b (h w) k -> b k h w", h=math.isqrt(ids.shape[1])))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """For training: images [B, 3, H, W] to their reconstruction, with gradient, and the losses of `Quantizer`."""
-        codes, losses = self.quantize(self.encoder(images))
+    def forward(
+        self, images: Tensor, assignment: Tensor | None = None, survey: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """For training: images [B, 3, H, W] to their reconstruction, with gradient, and the losses of `Quantizer`.
+
+        Args:
+            assignment: as in `Quantizer`, where these images are a part of the batch.
+            survey: give these images' mean assignment [2^K] instead, and no losses.
+        """
+        z = self.encoder(images)
+        if survey:
+            return self.quantize.mean_assignment(z), {}
+        codes, losses = self.quantize(z, assignment)
         return self.decoder(codes), losses
 
 
@@ -58,8 +68,12 @@ class Quantizer(nn.Module):
         self.register_buffer("bits_to_indices", 2 ** torch.arange(cfg.bits, dtype=torch.int32))
         self.register_buffer("codebook", code_bits(torch.arange(2**cfg.bits), cfg.bits))
 
-    def forward(self, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, z: Tensor, assignment: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The signs of z, with the gradient passed straight through, and the losses.
+
+        Args:
+            assignment: the mean of `mean_assignment` over the batch that z is one of several equal parts of. The mean
+                over the parts then has the losses and gradients of the whole batch.
 
         Returns:
             codes [B, K, h, w], and scalars: `quantizer_loss`, which is the sum to minimise of `commitment_loss` and
@@ -68,7 +82,7 @@ class Quantizer(nn.Module):
         z = z.float()
         codes = torch.where(z > 0, 1.0, -1.0)
         commitment = self.config.commitment_weight * F.mse_loss(z, codes)
-        per_sample, average = self._entropies(z)
+        per_sample, average = self._entropies(z, assignment)
         entropy = self.config.entropy_weight * (per_sample - average)
         return z + (codes - z).detach(), {
             "quantizer_loss": commitment + entropy,
@@ -78,15 +92,26 @@ class Quantizer(nn.Module):
             "avg_entropy": average,
         }
 
-    def _entropies(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean entropy of a position's soft assignment to the codes, and gamma times that of the mean assignment.
+    def mean_assignment(self, z: Tensor) -> Tensor:
+        """The mean of all positions' soft assignments to the codes, [2^K]."""
+        return self._assignments(z.float()).mean(0)
 
-        Plainly over the whole codebook: B h w 2^K floats, 0.5 GB a copy for 32 images of 256 positions at 14 bits.
+    def _entropies(self, z: Tensor, assignment: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The mean entropy of a position's soft assignment to the codes; gamma times that of the mean one."""
+        each = self._assignments(z)
+        mean = each.mean(0)
+        if assignment is not None:  # its value, and the gradient of a part, which is that of the whole in the mean
+            mean = assignment + (mean - mean.detach())
+        return _entropy(each).mean(), self.config.entropy_gamma * _entropy(mean)
+
+    def _assignments(self, z: Tensor) -> Tensor:
+        """Each position's soft assignment to the codes, [B h w, 2^K].
+
+        Plainly over the whole codebook: 0.5 GB a copy for 32 images of 256 positions at 14 bits.
         """
         with torch.autocast(z.device.type, enabled=False):  # the temperature of 0.01 magnifies bf16's rounding
             affinities = 2 * rearrange(z, "b k h w -> (b h w) k") @ self.codebook.T
-        assignment = (affinities / self.config.entropy_temperature).softmax(-1)
-        return _entropy(assignment).mean(), self.config.entropy_gamma * _entropy(assignment.mean(0))
+        return (affinities / self.config.entropy_temperature).softmax(-1)
 
 
 def _entropy(probabilities: Tensor) -> Tensor:

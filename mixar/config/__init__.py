@@ -1,6 +1,7 @@
 """Every knob once; defaults < yaml < `key=value`, checked."""
 
 from mixar.config.checks import check_sample, images_a_pass
+from mixar.config.inputs import check_inputs, missing_inputs
 from mixar.config.knobs import (
     ATTENTIONS,
     ENGINES,
@@ -22,8 +23,9 @@ from mixar.config.knobs import (
     TrainConfig,
     VAEConfig,
 )
-from mixar.config.loading import load_config, section_from_dict, to_dict, to_yaml, validate
+from mixar.config.loading import load_config, section_from_dict, to_dict, to_yaml, validate, value_of
 from mixar.config.presets import PRESETS
+from mixar.config.respacing import STEPS, respaced_steps
 
 __all__ = [
     "ATTENTIONS",
@@ -33,6 +35,7 @@ __all__ = [
     "PRECISIONS",
     "PRESETS",
     "SOLVERS",
+    "STEPS",
     "TASKS",
     "Config",
     "DataConfig",
@@ -46,11 +49,15 @@ __all__ = [
     "TokenizerConfig",
     "TrainConfig",
     "VAEConfig",
+    "check_inputs",
     "check_sample",
     "images_a_pass",
     "load_config",
+    "missing_inputs",
+    "respaced_steps",
     "section_from_dict",
     "to_dict",
     "to_yaml",
     "validate",
+    "value_of",
 ]

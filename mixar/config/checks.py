@@ -1,21 +1,15 @@
-"""Refuse what cannot work, naming the key and what to write instead."""
+"""Refuse what cannot work, naming the key and what to write instead. Nothing here looks at a disk."""
 
+import dataclasses
 import math
+import unicodedata
 from typing import Any
 
-from mixar.config.knobs import (
-    ATTENTIONS,
-    ENGINES,
-    GUIDANCES,
-    ORDERS,
-    PRECISIONS,
-    RECOMPUTE,
-    SOLVERS,
-    TASKS,
-    Config,
-    SampleConfig,
-)
+from mixar.config.knobs import Config, SampleConfig
+from mixar.config.respacing import respaced_steps
 from mixar.errors import UserError
+
+_LEVELS = 15  # of a codec, which halve the largest image to one position
 
 
 def validate(config: Config) -> None:
@@ -24,25 +18,30 @@ def validate(config: Config) -> None:
     Raises:
         UserError: at the first impossible value or combination.
     """
+    _check_each(config)
     _check_values(config)
     _check_networks(config)
     _check_tokens(config)
     images_a_pass(config, ranks=1)
     check_sample(config.sample)
+    if config.task == "mixar":
+        respaced_steps(config.sample.diffusion_steps, config.sample.diffusion_start + 1)
 
 
 def check_sample(sample: SampleConfig) -> None:
-    """Sampling settings that go together.
+    """Sampling settings by themselves and together.
 
     Raises:
-        UserError: those that do not.
+        UserError: those out of range, and those that do not go together.
     """
+    _check_each(sample, "sample.")
     interval = sample.guidance_interval
-    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+    if len(interval) != 2 or not interval[0] < interval[1]:
         raise UserError(
             f"sample.guidance_interval={interval} must be two shares of the steps, from 0 to 1 and "
             "ascending, as in sample.guidance_interval=[0.25,1]"
         )
+    respaced_steps(sample.diffusion_steps)
     steps, end = sample.diffusion_steps, sample.diffusion_steps_end
     if end is not None and not (steps.isdecimal() and int(steps) >= end):
         raise UserError(
@@ -58,24 +57,42 @@ def check_sample(sample: SampleConfig) -> None:
         )
 
 
+def _check_each(section: Any, prefix: str = "") -> None:
+    """Each value of a section, and of those in it, against the range or the choices of its field."""
+    for field in dataclasses.fields(section):
+        key, value = prefix + field.name, getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            _check_each(value, f"{key}.")
+        elif "choices" in field.metadata:
+            if value not in (field.default, *field.metadata["choices"]):
+                raise UserError(f"{key}={value} is not known: write one of {', '.join(field.metadata['choices'])}")
+        elif isinstance(value, str):
+            _check_text(key, value)
+        elif key not in _FOLLOWS and value is not None and not isinstance(value, bool):
+            low, high = field.metadata["limits"]
+            numbers = value if isinstance(value, list) else [value]
+            if not all(isinstance(number, int | float) and low <= number <= high for number in numbers):
+                raise UserError(f"{key}={value} is out of range: write a value from {low} to {high}")
+
+
+def _check_text(key: str, text: str) -> None:
+    """A path, a name or a respacing."""
+    if not text.strip():
+        raise UserError(f"{key}= is empty: write {key}=<value>, or leave {key} out")
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in text):
+        raise UserError(f"{key}={text!r} holds a control character or is not UTF-8: write another name")
+
+
 def _check_values(config: Config) -> None:
-    """Each value by itself, and against the one that it follows by default."""
-    for key, choices in _CHOICES.items():
-        value = get(config, key)
-        if value not in choices:
-            raise UserError(f"{key}={value} is not known: write one of {', '.join(filter(None, choices))}")
-    for key, low, high in _RANGES:
-        value = get(config, key)
-        if value is not None and not low <= value <= high:
-            limits = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
-            raise UserError(f"{key}={value} is out of range: write a value {limits}")
+    """Lists by their length, and values against the one that they follow by default."""
     for key in ("vae.multipliers", "tokenizer.multipliers"):
         value = get(config, key)
-        if not value or min(value) < 1:
-            raise UserError(f"{key}={value} must hold a factor of the width for each level, as in {key}=[1,2,4]")
-    betas = config.optim.betas
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise UserError(f"optim.betas={betas} must be two values from 0 to below 1, as in optim.betas=[0.9,0.95]")
+        if not 1 <= len(value) <= _LEVELS:
+            raise UserError(
+                f"{key}={value} must hold a factor of the width for each of 1 to {_LEVELS} levels, as in {key}=[1,2,4]"
+            )
+    if len(config.optim.betas) != 2:
+        raise UserError(f"optim.betas={config.optim.betas} must be two values, as in optim.betas=[0.9,0.95]")
     for key, source in _FOLLOWS.items():
         if get(config, key) != get(config, source):
             raise UserError(
@@ -87,15 +104,12 @@ def _check_values(config: Config) -> None:
 def _check_networks(config: Config) -> None:
     """Widths, heads, strides and bits that divide."""
     model, prior = config.model, config.prior
-    for name, width, heads in (
-        ("model.encoder", model.encoder_width, model.encoder_heads),
-        ("model.decoder", model.decoder_width, model.decoder_heads),
-        ("prior.", prior.width, prior.heads),
-    ):
+    for part in ("model.encoder_", "model.decoder_", "prior."):
+        width, heads = get(config, f"{part}width"), get(config, f"{part}heads")
         if width % heads:
             raise UserError(
-                f"{name.rstrip('.')} width {width} does not divide into {heads} heads: "
-                f"write {name}{'' if name.endswith('.') else '_'}heads={_divisor(width, heads)}"
+                f"{part}width={width} does not divide into {part}heads={heads}: "
+                f"write {part}heads={_divisor(width, heads)}"
             )
     if model.attention in ("fa3", "fa4") and model.dropout > 0:
         raise UserError(
@@ -174,30 +188,11 @@ def images_a_pass(config: Config, ranks: int) -> int:
         among = "" if ranks == 1 else f" on {ranks} ranks"
         raise UserError(
             f"mask.group={mask.group} does not divide the micro-batch {micro}{among}: "
-            f"write mask.group={math.gcd(mask.group, micro)}"
+            f"write mask.group={math.gcd(mask.group, micro)}, or a train.micro_batch that it divides"
         )
     return micro
 
 
-_CHOICES = {
-    "task": TASKS,
-    "model.guidance": GUIDANCES,
-    "model.attention": ATTENTIONS,
-    "mask.ratio_scope": ("image", "batch"),
-    "ti_mix.source": ("online", "shards"),
-    "ti_mix.draw": ("sample", "argmax"),
-    "ti_mix.schedule": ("linear", "cosine", "constant"),
-    "optim.implementation": ("torch", "apex"),
-    "optim.schedule": ("constant", "cosine", "linear"),
-    "train.precision": PRECISIONS,
-    "engine.name": (None, *ENGINES),
-    "engine.recompute": RECOMPUTE,
-    "sample.order": ORDERS,
-    "sample.solver": SOLVERS,
-    "sample.guidance_schedule": ("linear", "constant"),
-    "sample.prior_guidance_schedule": ("none", "linear", "cosine"),
-    "sample.prior_mask_schedule": ("arccos", "cosine"),
-}
 # what is an interpolation by default, and cannot be another value
 _FOLLOWS = {
     "vae.image_size": "data.image_size",
@@ -209,57 +204,6 @@ _FOLLOWS = {
     "model.code_bits": "tokenizer.bits",
     "model.classes": "data.classes",
 }
-_INF = math.inf
-_RANGES = [
-    *((f"{name}.{size}", 1, _INF) for name in ("vae", "tokenizer") for size in ("width", "blocks")),
-    *((f"prior.{size}", 1, _INF) for size in ("width", "depth", "heads", "mlp_width", "splits")),
-    *((f"model.{part}_{size}", 1, _INF) for part in ("encoder", "decoder") for size in ("width", "depth", "heads")),
-    ("vae.latent_channels", 1, _INF),
-    ("model.head_depth", 1, _INF),
-    ("model.head_width", 1, _INF),
-    ("data.count", 1, _INF),
-    ("data.image_size", 1, _INF),
-    ("data.classes", 1, _INF),
-    ("data.workers", 0, _INF),
-    ("data.max_broken", 0, 0.99),
-    ("data.held_out", 0, _INF),
-    ("tokenizer.bits", 1, 24),
-    ("model.grid", 1, _INF),
-    ("model.patch", 1, _INF),
-    ("model.class_tokens", 1, _INF),
-    ("model.dropout", 0, 0.99),
-    ("prior.dropout", 0, 0.99),
-    ("prior.class_drop_prob", 0, 1),
-    ("model.class_drop_prob", 0, 1),
-    ("model.guidance_drop_prob", 0, 1),
-    ("model.diffusion_batch_mul", 1, _INF),
-    ("mask.minimum", 0, 1),
-    ("mask.std", 1e-6, _INF),
-    ("mask.group", 1, _INF),
-    ("ti_mix.end", 0, 1),
-    ("ti_mix.start_epoch", 0, _INF),
-    ("ti_mix.duration_epochs", 0, _INF),
-    ("ti_mix.variants", 1, _INF),
-    ("optim.lr", 0, _INF),
-    ("optim.clip", 0, _INF),
-    ("optim.ema", 0, 1),
-    ("optim.warmup_epochs", 0, _INF),
-    ("train.epochs", 0, _INF),
-    ("train.batch", 1, _INF),
-    ("train.micro_batch", 1, _INF),
-    ("train.log_every", 1, _INF),
-    ("train.keep", 1, _INF),
-    ("train.max_skips", 0, _INF),
-    ("engine.timeout", 1, _INF),
-    ("sample.steps", 1, _INF),
-    ("sample.diffusion_steps_end", 1, 1000),
-    ("sample.diffusion_start", 0, 999),
-    ("sample.prior_steps", 1, _INF),
-    ("sample.prior_guidance", 0, _INF),
-    ("sample.prior_temperature", 1e-6, _INF),
-    ("sample.temperature", 0, _INF),
-    ("sample.batch", 1, _INF),
-]
 
 
 def get(config: Any, key: str) -> Any:

@@ -1,9 +1,10 @@
-"""Every knob once, as nested dataclasses.
+"""Every knob once, as nested dataclasses, each number with its range and each word with its choices.
 
 A value that another section already holds is an interpolation (`II`), so it is typed once and followed everywhere.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import II
 
@@ -16,6 +17,23 @@ ENGINES = ("ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3")
 ATTENTIONS = ("auto", "math", "efficient", "flash", "cudnn", "fa2", "fa3", "fa4")
 RECOMPUTE = ("none", "backbone", "head", "all")
 
+# beyond any network that could be trained, and small enough that a plan of it can be computed
+_SIDE, _WIDTH, _DEPTH, _CLASSES = 2**14, 2**16, 2**10, 2**24
+_IMAGES, _EPOCHS = 10**12, 10**6
+
+
+def _range(low: float, high: float) -> dict[str, Any]:
+    """Of a number, or of all in a list: one below `low` or above `high` would fail, or never end, much later."""
+    return {"limits": (low, high)}
+
+
+def _number(default: Any, low: float, high: float) -> Any:
+    return field(default=default, metadata=_range(low, high))
+
+
+def _word(default: str | None, *choices: str) -> Any:
+    return field(default=default, metadata={"choices": choices})
+
 
 @dataclass
 class DataConfig:
@@ -25,13 +43,13 @@ class DataConfig:
     labels: str | None = None  # csv of `file,label` rows; without it the sub-folders are the classes
     shards: str = "data/shards"  # local folder or any URL that streaming takes
     cache: str | None = None  # local folder for remote shards
-    image_size: int = 256  # side in pixels after the ADM centre crop
-    classes: int = 1000
-    count: int | None = None  # images of the set, to plan without shards; the manifest's count wins
-    held_out: int = 0  # images kept from training to score on, each class by its share
+    image_size: int = _number(256, 1, _SIDE)  # side in pixels after the ADM centre crop
+    classes: int = _number(1000, 1, _CLASSES)
+    count: int | None = _number(None, 1, _IMAGES)  # of the set, to plan without shards; the manifest's count wins
+    held_out: int = _number(0, 0, _IMAGES)  # images kept from training to score on, each class by its share
     flip: bool = True  # each image is seen flipped half of the time
-    workers: int = 4  # loader processes a rank
-    max_broken: float = 0.01  # share of unreadable images above which `prepare` stops
+    workers: int = _number(4, 0, 1024)  # loader processes a rank
+    max_broken: float = _number(0.01, 0, 0.99)  # share of unreadable images above which `prepare` stops
 
 
 @dataclass
@@ -39,15 +57,16 @@ class VAEConfig:
     """KL autoencoder of the LDM family: VA-VAE f16d32 as it stands, MAR's KL-16 with two values changed."""
 
     weights: str | None = None  # an export folder, or a public checkpoint file
-    width: int = 128
-    multipliers: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])
-    blocks: int = 2  # residual blocks a level in the encoder; the decoder has one more
-    attention: list[int] = field(default_factory=lambda: [16])  # feature-map sides with self-attention
+    width: int = _number(128, 1, _WIDTH)
+    multipliers: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4], metadata=_range(1, 64))
+    blocks: int = _number(2, 1, 64)  # residual blocks a level in the encoder; the decoder has one more
+    # feature-map sides with self-attention
+    attention: list[int] = field(default_factory=lambda: [16], metadata=_range(1, _SIDE))
     decoder_attention: bool = True  # False: MAR's KL-16 has it in the decoder's middle only
-    latent_channels: int = 32
-    latent_scale: float | None = None  # MAR's 0.2325; None: per-channel statistics from the shards' manifest
+    latent_channels: int = _number(32, 1, _WIDTH)
+    latent_scale: float | None = _number(None, 1e-6, 1e6)  # MAR's 0.2325; None: by channel, of the shards
     image_size: int = II("data.image_size")
-    kl_weight: float = 1e-6  # training only
+    kl_weight: float = _number(1e-6, 0, 1e6)  # training only
 
     @property
     def grid(self) -> int:
@@ -60,16 +79,16 @@ class TokenizerConfig:
     """MaskBit's lookup-free tokenizer."""
 
     weights: str | None = None
-    width: int = 128
-    multipliers: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])
-    blocks: int = 2
-    decoder_blocks: int | None = None  # None: as many as `blocks`
-    bits: int = 14
+    width: int = _number(128, 1, _WIDTH)
+    multipliers: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4], metadata=_range(1, 64))
+    blocks: int = _number(2, 1, 64)
+    decoder_blocks: int | None = _number(None, 1, 64)  # None: as many as `blocks`
+    bits: int = _number(14, 1, 24)
     image_size: int = II("data.image_size")
-    commitment_weight: float = 0.25  # training only, as the three below
-    entropy_weight: float = 0.02
-    entropy_temperature: float = 0.01
-    entropy_gamma: float = 1.0
+    commitment_weight: float = _number(0.25, 0, 1e6)  # training only, as the three below
+    entropy_weight: float = _number(0.02, 0, 1e6)
+    entropy_temperature: float = _number(0.01, 1e-6, 1e6)
+    entropy_gamma: float = _number(1.0, 0, 1e6)
 
     @property
     def grid(self) -> int:
@@ -82,47 +101,47 @@ class PriorConfig:
     """MaskBit's generator (LFQBert), the discrete prior g_M."""
 
     weights: str | None = None
-    width: int = 1024
-    depth: int = 24
-    heads: int = 16
-    mlp_width: int = 4096
-    dropout: float = 0.1
+    width: int = _number(1024, 1, _WIDTH)
+    depth: int = _number(24, 1, _DEPTH)
+    heads: int = _number(16, 1, _WIDTH)
+    mlp_width: int = _number(4096, 1, _WIDTH)
+    dropout: float = _number(0.1, 0, 0.99)
     prenorm: bool = False  # all public models are post-norm
     bits: int = II("tokenizer.bits")
-    splits: int = 2  # sub-tokens a position
+    splits: int = _number(2, 1, 24)  # sub-tokens a position
     grid: int = II("model.grid")
     classes: int = II("data.classes")
-    class_drop_prob: float = 0.1
-    label_smoothing: float = 0.1
+    class_drop_prob: float = _number(0.1, 0, 1)
+    label_smoothing: float = _number(0.1, 0, 1)
 
 
 @dataclass
 class ModelConfig:
     """MAR's backbone and diffusion head, and how the discrete tokens enter."""
 
-    guidance: str = "dc_mix"  # none | dc_mix | dc_sa | dc_ca
-    grid: int = 16  # token positions along a side
-    patch: int = 1  # latent cells along a side of a token
+    guidance: str = _word("dc_mix", *GUIDANCES)
+    grid: int = _number(16, 1, _SIDE)  # token positions along a side
+    patch: int = _number(1, 1, _SIDE)  # latent cells along a side of a token
     latent_channels: int = II("vae.latent_channels")
     code_bits: int = II("tokenizer.bits")
     classes: int = II("data.classes")
-    class_tokens: int = 64
-    encoder_width: int = 768
-    encoder_depth: int = 12
-    encoder_heads: int = 12
-    decoder_width: int = II("model.encoder_width")
-    decoder_depth: int = II("model.encoder_depth")
-    decoder_heads: int = II("model.encoder_heads")
-    mlp_ratio: float = 4.0
-    norm_eps: float = 1e-6
-    dropout: float = 0.1
-    class_drop_prob: float = 0.1
-    guidance_drop_prob: float = 0.0  # also drop the discrete tokens, so that guidance on them can be tried
-    head_depth: int = 6
-    head_width: int = 1024
+    class_tokens: int = _number(64, 1, _WIDTH)
+    encoder_width: int = _number(768, 1, _WIDTH)
+    encoder_depth: int = _number(12, 1, _DEPTH)
+    encoder_heads: int = _number(12, 1, _WIDTH)
+    decoder_width: int = _number(II("model.encoder_width"), 1, _WIDTH)
+    decoder_depth: int = _number(II("model.encoder_depth"), 1, _DEPTH)
+    decoder_heads: int = _number(II("model.encoder_heads"), 1, _WIDTH)
+    mlp_ratio: float = _number(4.0, 1, 64)
+    norm_eps: float = _number(1e-6, 1e-12, 1)
+    dropout: float = _number(0.1, 0, 0.99)
+    class_drop_prob: float = _number(0.1, 0, 1)
+    guidance_drop_prob: float = _number(0.0, 0, 1)  # drop the discrete tokens too, to try guidance on them
+    head_depth: int = _number(6, 1, _DEPTH)
+    head_width: int = _number(1024, 1, _WIDTH)
     separable_adaln: bool = False  # not MAR's: modulate the head by time and by condition apart, for half of its work
-    diffusion_batch_mul: int = 4  # noise levels a masked token a step
-    attention: str = "auto"  # auto: torch chooses | math | efficient | flash | cudnn | fa2 | fa3 | fa4
+    diffusion_batch_mul: int = _number(4, 1, 1024)  # noise levels a masked token a step
+    attention: str = _word("auto", *ATTENTIONS)  # auto: torch chooses
 
     @property
     def tokens(self) -> int:
@@ -139,10 +158,10 @@ class ModelConfig:
 class MaskConfig:
     """The training mask (Eq. 8): r ~ normal(1, std) truncated to [minimum, 1]."""
 
-    minimum: float = 0.7
-    std: float = 0.25
-    ratio_scope: str = "image"  # image: stratified over groups; batch: the reference's one ratio a batch
-    group: int = 16  # images a group; divides the micro-batch
+    minimum: float = _number(0.7, 0, 1)
+    std: float = _number(0.25, 1e-6, 1e3)
+    ratio_scope: str = _word("image", "image", "batch")  # image: stratified over groups; batch: one ratio a batch
+    group: int = _number(16, 1, 2**24)  # images a group; divides the micro-batch
 
 
 @dataclass
@@ -150,27 +169,28 @@ class TIMixConfig:
     """TI-Mix (Eqs. 10-12)."""
 
     enabled: bool = False
-    source: str = "online"  # online: run the prior in the step; shards: tokens drawn beforehand by `prepare`
-    draw: str = "sample"  # sample | argmax
-    start_epoch: float = 200.0  # until here λ = 1
-    duration_epochs: float = 200.0  # λ then falls from 1 to `end`
-    end: float = 0.0
-    schedule: str = "linear"  # linear | cosine | constant
-    variants: int = 4  # source=shards: pre-drawn (order, tokens) pairs an image
+    # online: run the prior in the step; shards: tokens drawn beforehand by `prepare`
+    source: str = _word("online", "online", "shards")
+    draw: str = _word("sample", "sample", "argmax")
+    start_epoch: float = _number(200.0, 0, _EPOCHS)  # until here λ = 1
+    duration_epochs: float = _number(200.0, 0, _EPOCHS)  # λ then falls from 1 to `end`
+    end: float = _number(0.0, 0, 1)
+    schedule: str = _word("linear", "linear", "cosine", "constant")
+    variants: int = _number(4, 1, 1024)  # source=shards: pre-drawn (order, tokens) pairs an image
 
 
 @dataclass
 class OptimConfig:
     """AdamW. MAR's recipe by default."""
 
-    lr: float = 1e-4  # a 256 images of global batch
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    weight_decay: float = 0.02
-    warmup_epochs: float = 100.0
-    schedule: str = "constant"  # after the warm-up: constant | cosine | linear, the latter two to zero
-    implementation: str = "torch"  # torch: its fused AdamW | apex: NVIDIA's FusedAdam
-    clip: float = 3.0  # global gradient norm; 0 is off
-    ema: float = 0.9999
+    lr: float = _number(1e-4, 0, 1e30)  # a 256 images of global batch
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95], metadata=_range(0, 0.999999))
+    weight_decay: float = _number(0.02, 0, 1e3)
+    warmup_epochs: float = _number(100.0, 0, _EPOCHS)
+    schedule: str = _word("constant", "constant", "cosine", "linear")  # after the warm-up; the latter two to zero
+    implementation: str = _word("torch", "torch", "apex")  # torch: its fused AdamW | apex: NVIDIA's FusedAdam
+    clip: float = _number(3.0, 0, 1e30)  # global gradient norm; 0 is off
+    ema: float = _number(0.9999, 0, 0.9999999)
     ema_warmup: bool = False  # ramp the decay as (1 + n) / (10 + n) first
 
 
@@ -178,61 +198,63 @@ class OptimConfig:
 class TrainConfig:
     """The length and the rhythm of a run."""
 
-    epochs: float = 400.0
-    batch: int = 2048  # global, over all ranks and accumulation steps
-    micro_batch: int | None = None  # a rank and pass; None: batch / ranks
-    precision: str = "bf16"  # bf16: autocast, with float32 weights, loss, norms and EMA; fp32
-    log_every: int = 50  # steps
-    checkpoint_every: float = 1.0  # epochs
-    keep: int = 3  # checkpoints kept
-    samples_every: float = 10.0  # epochs between sample grids; 0 is off
-    max_skips: int = 10  # consecutive non-finite steps skipped before the run stops
+    epochs: float = _number(400.0, 0, _EPOCHS)
+    batch: int = _number(2048, 1, 2**24)  # global, over all ranks and accumulation steps
+    micro_batch: int | None = _number(None, 1, 2**24)  # a rank and pass; None: batch / ranks
+    precision: str = _word("bf16", *PRECISIONS)  # bf16: autocast, with float32 weights, loss, norms and EMA; fp32
+    log_every: int = _number(50, 1, 10**9)  # steps
+    checkpoint_every: float = _number(1.0, 0, _EPOCHS)  # epochs
+    keep: int = _number(3, 1, 10**6)  # checkpoints kept
+    samples_every: float = _number(10.0, 0, _EPOCHS)  # epochs between sample grids; 0 is off
+    max_skips: int = _number(10, 0, 10**9)  # consecutive non-finite steps skipped before the run stops
 
 
 @dataclass
 class EngineConfig:
     """How the training is laid over processes and devices. Nothing here changes what is computed."""
 
-    name: str | None = None  # ddp | fsdp | hsdp | zero1 | zero2 | zero3; None: by the launcher and the number of nodes
-    recompute: str = "none"  # activations to compute again in the backward pass: none | backbone | head | all
+    name: str | None = _word(None, *ENGINES)  # None: by the launcher and the number of nodes
+    recompute: str = _word("none", *RECOMPUTE)  # activations to compute again in the backward pass
     compile: bool = False  # each block through torch.compile, as one graph
     deepspeed: str | None = None  # a JSON file, merged over the configuration that DeepSpeed gets from this one
-    timeout: float = 600.0  # seconds without a finished step until the stacks of all ranks are logged and the run ends
+    # seconds without a finished step until the stacks of all ranks are logged and the run ends
+    timeout: float = _number(600.0, 1, 10**7)
 
 
 @dataclass
 class SampleConfig:
     """Sampling settings; a paper row's config holds its own."""
 
-    steps: int = 64  # K, autoregressive steps
-    order: str = "random"  # of the positions: random | checkerboard, coarse to fine, whose second half takes two steps
-    solver: str = "ddpm"  # ddpm: ancestral, as the reference | dpm: DPM-Solver++(2M), for few diffusion steps
+    steps: int = _number(64, 1, 2**20)  # K, autoregressive steps
+    order: str = _word("random", *ORDERS)  # of the positions; checkerboard: coarse to fine
+    solver: str = _word("ddpm", *SOLVERS)  # ddpm: ancestral; dpm: DPM-Solver++(2M), for few steps
     diffusion_steps: str = "100"  # S, respacing of the 1000 training steps: "100", "ddim50", or "10,5"
-    diffusion_steps_end: int | None = None  # DiSA: the diffusion steps fall linearly to these over the K steps
-    diffusion_start: int = 999  # training step that denoising starts from; a short training is unstable near 999
-    guidance: float = 3.0  # 1 is none
-    guidance_schedule: str = "linear"  # linear | constant
-    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # share of the K steps that are guided
-    temperature: float = 1.0  # of the noise that ddpm adds
-    prior_steps: int = 64
-    prior_guidance: float = 7.1  # 0 is none
-    prior_guidance_schedule: str = "cosine"  # none | linear | cosine
-    prior_guidance_power: float = 3.0
-    prior_temperature: float = 1.0
-    prior_randomize: float = 7.8  # scale of the annealed Gumbel noise on the confidences
-    prior_mask_schedule: str = "arccos"  # arccos | cosine
+    diffusion_steps_end: int | None = _number(None, 1, 1000)  # DiSA: they fall linearly to these over the K steps
+    diffusion_start: int = _number(999, 0, 999)  # training step that denoising starts from
+    guidance: float = _number(3.0, 0, 1e3)  # 1 is none
+    guidance_schedule: str = _word("linear", "linear", "constant")
+    # share of the K steps that are guided
+    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0], metadata=_range(0, 1))
+    temperature: float = _number(1.0, 0, 1e3)  # of the noise that ddpm adds
+    prior_steps: int = _number(64, 1, 2**24)
+    prior_guidance: float = _number(7.1, 0, 1e3)  # 0 is none
+    prior_guidance_schedule: str = _word("cosine", "none", "linear", "cosine")
+    prior_guidance_power: float = _number(3.0, 0, 1e3)
+    prior_temperature: float = _number(1.0, 1e-6, 1e6)
+    prior_randomize: float = _number(7.8, 0, 1e6)  # scale of the annealed Gumbel noise on the confidences
+    prior_mask_schedule: str = _word("arccos", "arccos", "cosine")
     prior_annealing: bool = False  # softmax temperature 0.5 + 0.8 (1 - progress)
-    seed: int = 0
-    batch: int = 64
+    seed: int = _number(0, 0, 2**62)
+    batch: int = _number(64, 1, 2**20)
 
 
 @dataclass
 class Config:
     """One run."""
 
-    task: str = "mixar"  # what is trained: vae | tokenizer | prior | mixar
+    task: str = _word("mixar", *TASKS)  # what is trained
     run_dir: str = "runs/default"
-    seed: int = 0
+    seed: int = _number(0, 0, 2**32 - 1)
     trust_pickle: bool = False  # read checkpoints that hold more than tensors, which runs code from the file
     init_from: str | None = None  # weights to start from, by name; what is missing or misshapen starts new
     data: DataConfig = field(default_factory=DataConfig)

@@ -1,10 +1,14 @@
 """From defaults, a yaml file and `key=value` to a checked config, and back to plain values."""
 
 import dataclasses
+import re
+import sys
 import typing
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -18,21 +22,37 @@ Section = TypeVar("Section")
 def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:
     """Defaults < the yaml file at `path` < `key=value` overrides, checked.
 
+    `trust_pickle` holds for one command, so that it is heeded in an override only.
+
     Raises:
         UserError: a file that is missing or no yaml, an unknown key, a wrong type, an impossible combination.
     """
-    merged = OmegaConf.structured(Config)
-    layers = [(_read_yaml(path), str(path))] if path is not None else []
+    merged = _defaults()
+    layers = [] if path is None else [(_read_yaml(Path(path)), str(path))]
+    trusting = any(values.pop("trust_pickle", False) for values, _ in layers)
     layers += [(_read_override(text), text) for text in overrides or []]
     for layer, source in layers:
         _check_keys(layer, Config, source)
         try:
             merged = OmegaConf.merge(merged, layer)
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, OverflowError) as error:
             raise UserError(_type_message(error, source)) from None
     config = _to_object(merged)
     validate(config)
+    if trusting and not config.trust_pickle:
+        print(f"{path}: trust_pickle is not heeded in a file: pass --trust-pickle if you trust the weights",
+              file=sys.stderr)  # fmt: skip
     return config
+
+
+def value_of(config: Config, key: str) -> Any:
+    """The value at a dotted key.
+
+    Raises:
+        UserError: no such key, or a section.
+    """
+    _check_keys(_nested(key, None), Config, key)
+    return get(config, key)
 
 
 def section_from_dict(section: type[Section], values: dict[str, Any], source: str) -> Section:
@@ -43,8 +63,9 @@ def section_from_dict(section: type[Section], values: dict[str, Any], source: st
     """
     _check_keys(values, section, source)
     try:
-        return typing.cast(Section, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), values)))
-    except OmegaConfBaseException as error:
+        merged = OmegaConf.merge(OmegaConf.structured(section), _literal(values))
+        return typing.cast(Section, OmegaConf.to_object(merged))
+    except (OmegaConfBaseException, OverflowError) as error:
         raise UserError(_type_message(error, source)) from None
 
 
@@ -54,34 +75,90 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    """The whole resolved config as yaml."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+    """The whole resolved config as yaml, for `load_config`; trust in pickles is never among it."""
+    return OmegaConf.to_yaml(OmegaConf.create(_literal(to_dict(config) | {"trust_pickle": False})))
 
 
-def _read_yaml(path: str | Path | None) -> dict[str, Any]:
-    file = Path(str(path))
-    if not file.is_file():
-        known = sorted(str(p) for p in file.parent.glob("*.yaml")) if file.parent.is_dir() else []
-        hint = did_you_mean(str(file), known) or f" There: {', '.join(known) or 'none'}"
-        raise UserError(f"no config file at {file}.{hint}")
+@cache
+def _defaults() -> Any:
+    return OmegaConf.structured(Config)  # takes longer than all that follows
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        loaded = OmegaConf.load(file)
-    except Exception as error:  # yaml's own family of errors, which only omegaconf's dependency names
+        text = file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        known = sorted(str(p) for p in file.parent.glob("*.yaml"))
+        hint = did_you_mean(str(file), known) or f" There: {', '.join(known) or 'none'}"
+        raise UserError(f"no config file at {file}.{hint}") from None
+    except IsADirectoryError:
+        raise UserError(f"{file} is a folder: name a yaml file, such as {file / 'config.yaml'}") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}): name a yaml file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is no text in UTF-8: name a yaml file, or save it in UTF-8") from None
+    try:
+        values = OmegaConf.to_container(OmegaConf.create(text))
+    except Exception as error:  # of yaml, of omegaconf, and what their own code runs into
         raise UserError(f"{file} is no valid yaml: {' '.join(str(error).split())}") from None
-    values = OmegaConf.to_container(loaded)
     if not isinstance(values, dict):
         raise UserError(f"{file} must hold `key: value` lines, not a list")
-    return typing.cast(dict[str, Any], values)
+    typed = typing.cast(dict[str, Any], values)
+    _restore_strings(typed, yaml.load(text, yaml.BaseLoader), Config)
+    return typed
 
 
 def _read_override(text: str) -> dict[str, Any]:
-    key, equals, _ = text.partition("=")
+    """A string is taken as typed; numbers, lists and the like are read as yaml."""
+    key, equals, value = text.partition("=")
     if not equals or not key:
         raise UserError(f"'{text}' is no override: write key=value, such as train.batch=256")
+    if not value:
+        raise UserError(f"'{text}' gives no value: write {key}=<value>, or leave {key} out")
+    kind = _type_at(key)
+    if kind == str | None and value in ("null", "None"):
+        return _nested(key, None)
+    if kind in (str, str | None):
+        return _nested(key, _literal(value))
     try:
-        return typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist([text])))
+        read: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
     except Exception as error:
         raise UserError(f"'{text}' cannot be read: {' '.join(str(error).split())}") from None
+    values = _nested(key, read["value"])
+    _restore_strings(values, _nested(key, yaml.load(value, yaml.BaseLoader)), Config)
+    return values
+
+
+def _restore_strings(values: dict[str, Any], texts: Any, schema: type) -> None:
+    """Give strings the text that stands in the file: yaml makes a number of 007, and true of on."""
+    for key, kind in typing.get_type_hints(schema).items():
+        value = values.get(key)
+        if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+            _restore_strings(value, texts.get(key, {}), typing.cast(type, kind))
+        elif kind in (str, str | None) and isinstance(value, (bool, int, float)):
+            values[key] = texts.get(key, value)  # of a merge key (<<) the text is elsewhere
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    """`value` at a dotted key."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return typing.cast(dict[str, Any], value)
+
+
+def _type_at(key: str) -> Any:
+    """The type of a dotted key, None for one that is not known."""
+    kind: Any = Config
+    for part in key.split("."):
+        kind = typing.get_type_hints(kind).get(part) if dataclasses.is_dataclass(kind) else None
+    return kind
+
+
+def _literal(value: Any) -> Any:
+    """`value` with its strings escaped, so that omegaconf takes `${` in them for what it says."""
+    if isinstance(value, dict):
+        return {key: _literal(inner) for key, inner in value.items()}
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def _check_keys(values: dict[str, Any], schema: type, source: str, prefix: str = "") -> None:
@@ -96,6 +173,8 @@ def _check_keys(values: dict[str, Any], schema: type, source: str, prefix: str =
             similar = did_you_mean(str(key), fields).replace("'", f"'{prefix}", 1)
             hint = f" Did you mean {' or '.join(homes)}?" if homes else similar
             raise UserError(f"{source}: unknown key '{prefix}{key}'.{hint or ' Known: ' + ', '.join(fields)}")
+        if value == "???":
+            raise UserError(f"{source}: '{prefix}{key}' has no value, ??? stands for none: write {prefix}{key}=<value>")
         if dataclasses.is_dataclass(fields[key]):
             if not isinstance(value, dict):
                 inner = next(iter(typing.get_type_hints(fields[key])))
@@ -103,7 +182,7 @@ def _check_keys(values: dict[str, Any], schema: type, source: str, prefix: str =
             _check_keys(value, typing.cast(type, fields[key]), source, f"{prefix}{key}.")
 
 
-def _type_message(error: OmegaConfBaseException, source: str) -> str:
+def _type_message(error: Exception, source: str) -> str:
     key = (getattr(error, "full_key", None) or "?").split("[")[0]
     reason = str(error).split("\n")[0].rstrip(".") + "."
     try:

@@ -1,8 +1,10 @@
 """From a source of samples to an endless stream of batches that depends on the seed and the images seen alone."""
 
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from itertools import count
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from mixar.data.parts import HASH
 from mixar.data.pre_draw import PRE_DRAWN, RECIPE
 from mixar.draws import Stream
 from mixar.errors import UserError
+from mixar.signals import held_back
 
 __all__ = ["Batch", "ImageSource", "Loader", "PreDrawn", "ShardSource", "epoch_order"]
 
@@ -74,11 +77,20 @@ class Loader:
             _Reader(source), batch_size=None, sampler=picks, num_workers=workers, pin_memory=torch.cuda.is_available()
         )
 
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in self.loader:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
+    def __iter__(self) -> Generator[Batch, None, None]:
+        others = active_children()
+        with held_back():
+            batches = iter(self.loader)
+        workers = [process for process in active_children() if process not in others]
+        try:
+            for batch in batches:
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch
+        finally:
+            del batches  # ends the workers, where they can be asked
+            for worker in workers:
+                worker.kill()  # one may wait for a disk or a remote, deaf to anything milder
 
 
 class _Sampler:
@@ -128,10 +140,22 @@ class ShardSource:
     def __init__(self, shards: str, cache: str | None = None, pre_drawn: bool = False):
         self.images = _Shards(shards, cache)
         self.drawn: _Shards | None = None
-        self.pre_drawn_flip: bool | None = None
+        self.recipe: dict[str, Any] | None = None  # of the pre-drawn tokens
         if pre_drawn:
-            self.pre_drawn_flip = json.loads(fetch(shards, cache, f"{PRE_DRAWN}/{RECIPE}").read_text())["flip"]
+            self.recipe = json.loads(fetch(shards, cache, f"{PRE_DRAWN}/{RECIPE}").read_text())
             self.drawn = _Shards(f"{shards}/{PRE_DRAWN}", cache and f"{cache}/{PRE_DRAWN}")
+
+    @property
+    def pre_drawn_flip(self) -> bool | None:
+        """Whether odd pre-drawn variants are of the mirrored image; None without any."""
+        return None if self.recipe is None else self.recipe["flip"]
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits over the names, sizes and contents of the shards, in their order."""
+        files = [(shard.samples, shard.file_pairs[0][0]) for shard in self.images.dataset.shards]
+        told = json.dumps([(samples, file.basename, file.hashes) for samples, file in files])
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
 
     @property
     def shard_sizes(self) -> list[int]:
@@ -193,7 +217,8 @@ class _Shards:
         if self.cache:
             fetch(self.shards, self.cache, info.basename)
         if not path.is_file() or get_hash(HASH, path.read_bytes()) != info.hashes[HASH]:
-            mend = f"rm {path}, it is fetched again" if self.cache else f"rm -r {path.parent}, then `mixar prepare`"
+            again = f"it is fetched again; should that not help, the remote has changed: rm -r {self.cache}"
+            mend = f"rm {path}, {again}" if self.cache else f"rm -r {path.parent}, then `mixar prepare`"
             raise UserError(f"shard {path} is missing or damaged: {mend}")
 
 

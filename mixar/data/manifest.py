@@ -4,13 +4,18 @@ import json
 import logging
 import math
 import shlex
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
 
 from mixar.config import Config
 from mixar.errors import PassingError, UserError
+from mixar.files import replacing
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -78,24 +83,17 @@ def fetch(shards: str, cache: str | None, name: str) -> Path:
         verb = "`mixar prepare --pre-draw`" if "/" in name else "`mixar prepare`"
         made = _progress(path.parent, verb) or f"make the shards with {verb}, or write data.shards=FOLDER"
         raise UserError(f"{path} is missing: {made}")
-    # streaming takes seconds to import, and only remote files need it here
-    from filelock import FileLock
-    from streaming.base.storage import CloudDownloader
-
-    url = f"{shards.removeprefix('file://').rstrip('/')}/{name}"
     waits = list(WAITS) if Path(cache, MANIFEST).is_file() else []
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{path}.lock"):
                 if not path.is_file():
-                    aside = path.with_name(f"{path.name}.part")
-                    aside.unlink(missing_ok=True)  # of a process that was killed
-                    CloudDownloader.direct_download(url, str(aside))
-                    aside.replace(path)
+                    with replacing(path) as aside:
+                        _download(shards, name, aside)
             return path
         except Exception as error:  # each kind of storage fails with errors of its own
-            told = f"cannot fetch {url} to {path} ({error})"
+            told = f"cannot fetch {shards.rstrip('/')}/{name} to {path} ({error})"
             if not waits:
                 raise PassingError(f"{told}: check data.shards and data.cache") from None
             logging.getLogger("mixar").warning("%s, trying again in %g s", told, waits[0])
@@ -108,6 +106,35 @@ def _progress(folder: Path, verb: str) -> str:
         return ""
     whole = json.loads(written[0].read_text()).get("parts", "more")
     return f"{len(written)} of {whole} parts are written, run {verb} again as before for the rest"
+
+
+def _download(shards: str, name: str, to: Path) -> None:
+    from streaming.base.storage import CloudDownloader  # takes seconds to import, and only remote files need it here
+
+    CloudDownloader.direct_download(f"{shards.removeprefix('file://').rstrip('/')}/{name}", str(to))
+
+
+def check_cache(shards: str, cache: str | None) -> None:
+    """Refuse a cache of a remote set that was made anew since.
+
+    A remote that cannot be asked now is taken as unchanged: the cache may hold all that is needed.
+
+    Raises:
+        UserError: the remote's index differs from the cached one.
+    """
+    kept = Path(cache or shards, "index.json")
+    if cache is None or not kept.is_file():
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            _download(shards, kept.name, Path(folder, kept.name))
+        except Exception as error:  # each kind of storage fails with errors of its own
+            logging.getLogger("mixar").warning("%s cannot be compared with its cache (%s)", shards, error)
+            return
+        if Path(folder, kept.name).read_bytes() != kept.read_bytes():
+            raise UserError(
+                f"{shards} was made anew since it was cached: rm -r {shlex.quote(cache)}, then it is fetched again"
+            )
 
 
 def read_manifest(shards: str, cache: str | None = None) -> Manifest:
@@ -150,19 +177,25 @@ def check_manifest(manifest: Manifest, config: Config) -> None:
             )
 
 
-def check_codecs(manifest: Manifest, vae_fingerprint: str, tokenizer_fingerprint: str) -> None:
-    """Refuse codecs other than those that made the shards.
+def check_pre_drawn(recipe: dict[str, Any], manifest: Manifest, config: Config) -> None:
+    """Refuse tokens that were drawn beforehand for other shards or under other settings.
+
+    Args:
+        recipe: what `mixar prepare --pre-draw` wrote beside them.
 
     Raises:
-        UserError: a fingerprint (`mixar.weights.fingerprint`) that differs, with where the right weights were.
+        UserError: the first mismatch.
     """
-    for name, made, given, weights in (
-        ("vae", manifest.vae, vae_fingerprint, manifest.vae_weights),
-        ("tokenizer", manifest.tokenizer, tokenizer_fingerprint, manifest.tokenizer_weights),
+    for what, found, wanted in (
+        ("the tokenizer", recipe["tokenizer"], manifest.tokenizer),
+        ("the count of images", recipe["count"], manifest.count),
+        ("mask.minimum and mask.std", recipe["mask"], [config.mask.minimum, config.mask.std]),
+        ("ti_mix.draw", recipe["draw"], config.ti_mix.draw),
+        ("data.flip", recipe["flip"], config.data.flip),
     ):
-        if made != given:
-            mend = f"write {name}.weights={shlex.quote(weights)}" if weights else f"give {name}.weights of that {name}"
+        if found != wanted:
+            again = shlex.join(["rm", "-r", f"{config.data.shards}/ti_mix"])
             raise UserError(
-                f"the shards were made with another {name} (fingerprint {made}, given {given}): "
-                f"{mend}, or run `mixar prepare` with this one into another folder"
+                f"TI-Mix's tokens beside {config.data.shards} were drawn with {what} {found}, now it is {wanted}: "
+                f"write what they were drawn with, or {again} and run `mixar prepare --pre-draw` again"
             )

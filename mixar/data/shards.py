@@ -24,17 +24,17 @@ from mixar import __version__
 from mixar.codecs import VAE, Tokenizer, posterior
 from mixar.config import Config
 from mixar.data.images import BrokenImageError, ImageSet, ImageSource
-from mixar.data.manifest import FORMAT, MANIFEST, Manifest, check_codecs, check_manifest, read_manifest
+from mixar.data.manifest import FORMAT, MANIFEST, Manifest, check_manifest, read_manifest
 from mixar.data.parts import SIZE, Parts, Row, local_folder
 from mixar.data.pixels import DECODING
 from mixar.errors import UserError
 from mixar.files import replacing, write_json
+from mixar.signals import STOPPING, held_back
 from mixar.weights import fingerprint
 
-__all__ = ["Manifest", "check_codecs", "check_manifest", "planned_manifest", "prepare", "read_manifest", "verify"]
+__all__ = ["Manifest", "check_manifest", "planned_manifest", "prepare", "read_manifest", "verify"]
 
 BATCH = 32  # images encoded at once, each in both flips
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)  # Ctrl-C, a scheduler, a closing terminal
 
 
 def prepare(
@@ -235,12 +235,12 @@ class _Tolerant(Dataset):
 def _unheard_by_workers() -> Iterator[None]:
     """What asks the whole group for an end never reaches the workers that start meanwhile, and waits until they did."""
     came: list[int] = []
-    handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in ENDING}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    # torch's own threads hear what this one holds back
+    handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in STOPPING}
     try:
-        yield
+        with held_back():
+            yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in handlers.items():
             signal.signal(number, handler)
     for late in came:

@@ -16,7 +16,6 @@ from mixar.dist import Place
 from mixar.engine.slices import Slice, load_slices
 
 Scalars = dict[str, Tensor]  # name to float32 [2]: a sum and a count, so that means add up over batches and ranks
-LossFunction = Callable[[nn.Module, Any, float], tuple[Tensor, Scalars]]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -55,6 +54,9 @@ class Trainable(Protocol):
     def loss(self, model: nn.Module, batch: Any, epoch: float) -> tuple[Tensor, Scalars]:
         """The mean loss of the batch's images, and scalars as (sum, count)."""
 
+    # A task may also have `survey(model, batches, mean)`: called without gradient before the passes of a step, where
+    # there are several or several ranks, for a loss that is no mean over images. `mean` takes the mean over the ranks.
+
 
 class Engine(ABC):
     """Accumulation, clipping, finite check, AdamW, EMA and learning rate over the ranks of a run.
@@ -82,8 +84,9 @@ class Engine(ABC):
     peers: Any = None  # a process group
     copies: tuple[int, int] = (0, 1)
 
-    def __init__(self, cfg: Config, lr: Callable[[float], float], loss: LossFunction, place: Place) -> None:
-        self.cfg, self.lr, self.loss, self.place = cfg, lr, loss, place
+    def __init__(self, cfg: Config, lr: Callable[[float], float], task: Trainable, place: Place) -> None:
+        self.cfg, self.lr, self.loss, self.place = cfg, lr, task.loss, place
+        self.survey = getattr(task, "survey", None)
         self.updates = torch.zeros(1, device=place.device)  # steps taken, skipped ones not counted
 
     def step(self, batches: Sequence[Any], epoch: float, measure: bool = False) -> StepInfo:
@@ -97,6 +100,9 @@ class Engine(ABC):
             group["lr"] = self.lr(epoch)
         total = torch.zeros((), device=self.place.device)
         scalars: Scalars = {}
+        if self.survey is not None and len(batches) * self.place.world > 1:
+            with torch.no_grad(), self.place.autocast(self.cfg.train.precision):
+                self.survey(self.model, batches, self._mean_of_ranks)
         for i, batch in enumerate(batches):
             with self._micro_batch(last=i + 1 == len(batches)):
                 with self.place.autocast(self.cfg.train.precision):
@@ -105,7 +111,7 @@ class Engine(ABC):
             total += loss.detach() / len(batches)
             for name, value in parts.items():
                 scalars[name] = scalars[name] + value if name in scalars else value
-        total = self._mean_loss(total)
+        total = self._mean_of_ranks(total)
         norm, finite = self._update(total)
         self._update_ema(finite)
         return StepInfo(total, norm, finite, scalars, self._ema_distance() if measure else None)
@@ -135,8 +141,8 @@ class Engine(ABC):
         self._publish()
         self.ema = {name: piece.flat.clone() for name, piece in self.slices.items()}
 
-    def _mean_loss(self, total: Tensor) -> Tensor:
-        """The mean of the ranks' losses, each over equally many images."""
+    def _mean_of_ranks(self, total: Tensor) -> Tensor:
+        """The mean of what each rank found over equally many images."""
         if self.place.world > 1:
             c10d.all_reduce(total)
         return total / self.place.world

@@ -25,7 +25,7 @@ class NativeEngine(Engine):
     """The step that DDP and FSDP2 share. AdamW works on this rank's slices, not knowing how they are cut."""
 
     def __init__(self, cfg: Config, task: Trainable, lr: Callable[[float], float], place: Place) -> None:
-        super().__init__(cfg, lr, task.loss, place)
+        super().__init__(cfg, lr, task, place)
         with torch.device("meta"):  # nothing is allocated before it is clear which part of it is held here
             network = task.build()
         prepare_blocks(network, cfg.engine)

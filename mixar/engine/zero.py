@@ -90,7 +90,7 @@ class ZeroEngine(Engine):
         self, cfg: Config, task: Trainable, lr: Callable[[float], float], place: Place, stage: int,
         run_dir: Path,
     ) -> None:  # fmt: skip
-        super().__init__(cfg, lr, task.loss, place)
+        super().__init__(cfg, lr, task, place)
         self.stage = stage
         settings = dist.on_main(place, lambda: deepspeed_settings(cfg, stage, place.world))
         if place.is_main:

@@ -95,10 +95,13 @@ def make_extractor(spec: str, device: torch.device | str = "cpu") -> Extractor:
     network = _create(CLASSIFIER, spec, torch.device(device))
     assert isinstance(network, ClassifierExtractor)
     config = network.classifier.config
+    kind, of = "classifier", f"{config.classes} classes"
+    if config.rotations:
+        kind, of = "rotations", "rotations by 0, 90, 180 and 270 degrees, for a set of one class"
     return Extractor(
-        label=f"classifier:{fingerprint(network.classifier.state_dict())}",
-        description=f"classifier of {config.classes} classes, {network.accuracy:.2%} right on held-out images, {spec}",
-        classes=config.classes,
+        label=f"{kind}:{fingerprint(network.classifier.state_dict())}",
+        description=f"classifier of {of}, {network.accuracy:.2%} right on held-out images, {spec}",
+        classes=None if config.rotations else config.classes,
         network=network,
         device=torch.device(device),
     )

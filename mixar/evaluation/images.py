@@ -15,6 +15,7 @@ from torch import Tensor
 from mixar.config import DataConfig
 from mixar.data.images import adm_crop, open_images
 from mixar.errors import UserError
+from mixar.evaluation.npz import Npz, printable
 from mixar.files import replacing
 
 
@@ -28,6 +29,7 @@ class Images:
 
     count: int
     labels: Tensor | None  # int64 [count]
+    names: list[str] | None  # in a folder, the path of each image there
     read: Callable[[], Iterator[tuple[str, np.ndarray]]]  # each image's name and uint8 [H, W, 3]
     batch: int
 
@@ -41,8 +43,8 @@ class Images:
                 shape = shape or image.shape
                 if image.shape != shape:
                     raise UserError(
-                        f"{name} is {image.shape[1]}x{image.shape[0]}, the first image {shape[1]}x{shape[0]}: "
-                        "scores need one size, give the one to crop all of them to"
+                        f"{printable(name)} is {image.shape[1]}x{image.shape[0]}, the first image "
+                        f"{shape[1]}x{shape[0]}: scores need one size, give the one to crop all of them to"
                     )
             yield rearrange(torch.from_numpy(np.stack([image for _, image in chunk])), "b h w c -> b c h w")
 
@@ -68,51 +70,48 @@ def read_images(source: str | Path, size: int | None = None, batch: int = 64) ->
             image = found.load(index)
             yield key, np.asarray(image if size is None else adm_crop(image, size))
 
-    return Images(len(found), torch.tensor(found.labels) if len(found.classes) > 1 else None, read, batch)
+    labels = torch.tensor(found.labels) if len(found.classes) > 1 else None
+    return Images(len(found), labels, found.keys, read, batch)
 
 
 def _open_npz(path: Path, batch: int) -> Images:
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"no images at {path}, or a broken file: name an npz that holds `arr_0`, or a folder of images")
-    with np.load(path) as npz:
-        names = npz.files
-        labels = torch.from_numpy(npz["arr_1"]).long() if "arr_1" in names else None
-    if "arr_0" not in names:
-        raise UserError(f"{path} holds {', '.join(names)}: images are expected in `arr_0`, uint8 [n, H, W, 3]")
-    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
-        shape, dtype = _header(member)
-    if dtype != np.uint8 or len(shape) != 4 or shape[0] == 0 or shape[-1] != 3:
+    npz = Npz(path, "images")
+    if "arr_0" not in npz.names:
+        raise UserError(
+            f"{path} holds {printable(', '.join(npz.names))}: images are expected in `arr_0`, uint8 [n, H, W, 3]"
+        )
+    shape, dtype = npz.header("arr_0")
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
         raise UserError(f"`arr_0` of {path} is {dtype} {list(shape)}: images are expected, uint8 [n, H, W, 3]")
 
     def read() -> Iterator[tuple[str, np.ndarray]]:
-        # row by row: numpy would load the 10 GB of 50,000 images of 256x256 at once
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
-            _header(member)
-            for index in range(shape[0]):
-                row = np.frombuffer(member.read(int(np.prod(shape[1:]))), np.uint8)
-                yield f"{path}[{index}]", row.reshape(shape[1:])
+        return ((f"{path}[{index}]", image) for index, image in enumerate(npz.rows("arr_0")))
 
-    return Images(shape[0], labels, read, batch)
+    return Images(shape[0], _labels(npz, shape[0]), None, read, batch)
 
 
-def _header(member) -> tuple[tuple[int, ...], np.dtype]:
-    version = np.lib.format.read_magic(member)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(member)
-    return shape, dtype
+def _labels(npz: Npz, count: int) -> Tensor | None:
+    if "arr_1" not in npz.names:
+        return None
+    shape, dtype = npz.header("arr_1")
+    labels = npz.load("arr_1") if shape == (count,) and dtype.kind in "iu" else np.array([-1])
+    if labels.min() < 0:
+        raise UserError(f"`arr_1` of {npz.path} is {dtype} {list(shape)}: {count} labels are expected, from 0 on")
+    return torch.from_numpy(labels.astype(np.int64))
 
 
 def write_npz(path: str | Path, batches: Iterable[Tensor], count: int, labels: Tensor | None = None) -> None:
     """Write `count` images, from batches uint8 [B, 3, H, W], in the form of ADM's evaluation, a batch at a time.
 
-    The npz holds `arr_0` uint8 [n, H, W, 3] and, with `labels` int [n], `arr_1`.
+    The npz holds `arr_0` uint8 [n, H, W, 3] and, with `labels` int [n], `arr_1`; no time, so the same images give the
+    same bytes.
 
     Raises:
         UserError: nothing can be written there.
     """
     written = 0
     with replacing(path) as part, zipfile.ZipFile(part, "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
             for images in batches:
                 rows = rearrange(images, "b c h w -> b h w c").cpu().contiguous().numpy()
                 if written == 0:
@@ -121,6 +120,6 @@ def write_npz(path: str | Path, batches: Iterable[Tensor], count: int, labels: T
                 member.write(rows.tobytes())
                 written += len(rows)
         if labels is not None:
-            with archive.open("arr_1.npy", "w") as member:
+            with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
                 np.lib.format.write_array(member, labels.cpu().long().numpy())
         assert written == count, f"{written} images came, {count} were announced"

@@ -1,7 +1,6 @@
 """Features of images, and the scores drawn from them: Fréchet distance, Inception score, precision and recall."""
 
 import hashlib
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from mixar.errors import UserError
 from mixar.evaluation.extractors import INCEPTION, INCEPTION_FEATURES, Extractor
+from mixar.evaluation.npz import Npz, printable
 from mixar.files import replacing
 
 
@@ -41,14 +41,20 @@ class Statistics:
         Raises:
             UserError: no such file, a broken one, or no statistics in it.
         """
-        if not zipfile.is_zipfile(path):
-            raise UserError(f"no statistics at {path}, or a broken file: name an npz with `mu` and `sigma`, or images")
-        with np.load(path) as npz:
-            if not {"mu", "sigma"} <= set(npz.files):
-                raise UserError(f"{path} holds {', '.join(npz.files)}, not `mu` and `sigma`: score against its images")
-            mean, cov = torch.from_numpy(npz["mu"]).double(), torch.from_numpy(npz["sigma"]).double()
-            if "extractor" in npz.files:
-                return cls(int(npz["n"]) or None, mean, cov, str(npz["extractor"]), str(npz["digest"]))
+        npz = Npz(path, "statistics")
+        if not {"mu", "sigma"} <= set(npz.names):
+            held = printable(", ".join(npz.names))
+            raise UserError(f"{path} holds {held}, not `mu` and `sigma`: score against its images")
+        shapes, kinds = zip(*(npz.header(name) for name in ("mu", "sigma")))
+        width = shapes[0][:1]
+        if shapes != (width, width * 2) or {kind.kind for kind in kinds} != {"f"}:
+            raise UserError(f"{path} holds `mu` {shapes[0]} and `sigma` {shapes[1]}: expected numbers [F] and [F, F]")
+        mean, cov = torch.from_numpy(npz.load("mu")).double(), torch.from_numpy(npz.load("sigma")).double()
+        if not (mean.isfinite().all() and cov.isfinite().all()):
+            raise UserError(f"the statistics in {path} are not finite: make them again from their images")
+        if {"n", "extractor", "digest"} <= set(npz.names):
+            n, label, digest = (printable(str(npz.load(name))) for name in ("n", "extractor", "digest"))
+            return cls(int(n) if n.isdecimal() and n != "0" else None, mean, cov, label, digest)
         if mean.shape != (INCEPTION_FEATURES,):
             raise UserError(f"{path} does not name its extractor, and {len(mean)} features are not Inception's")
         digest = hashlib.sha256(mean.numpy().tobytes() + cov.numpy().tobytes()).hexdigest()
@@ -89,6 +95,8 @@ def accumulate(batches: Iterable[Tensor], extractor: Extractor, progress: str | 
     for images in tqdm(batches, desc=progress, disable=progress is None, unit="batch"):
         pixels.update(images.cpu().contiguous().numpy().tobytes())
         outputs = extractor(images)
+        if not outputs[0].isfinite().all():
+            raise UserError(f"{extractor.label} sees no finite features in these images: its weights are broken")
         features.append(outputs[0])
         logits.append(outputs[1])
     _require(len(features), 1, "scores")
@@ -108,7 +116,8 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     values, vectors = torch.linalg.eigh(a.cov)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
     trace = torch.linalg.eigvalsh(root @ b.cov @ root).clamp_min(0).sqrt().sum()
-    return ((a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * trace).item()
+    distance = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * trace
+    return max(0.0, distance.item())  # of equal sets, rounding leaves either sign
 
 
 def inception_score(logits: Tensor) -> tuple[float, float]:

@@ -13,17 +13,23 @@ from mixar.engine import Scalars, Trainable
 class Objective(Trainable, Protocol):
     """A network to train, its loss, and what to show and to keep of it."""
 
+    def open(self) -> None:
+        """Open all that `preview` and `export` will need, so that what is missing is told now."""
+
     def preview(self, model: nn.Module) -> Tensor | None:
         """Images to look at, uint8 [k, 3, H, W], always of the same seeds; None where there is nothing to show."""
 
     def export(self, model: nn.Module, folder: Path, about: dict[str, Any]) -> None:
-        """Write `model` as a release."""
+        """Write `model` as a release, in place of one that the folder may hold."""
 
 
 class Drawn:
     """First values of a network that draws them when it is built."""
 
     seed: int
+
+    def open(self) -> None:
+        """Nothing is needed beside the network."""
 
     def build(self) -> nn.Module:
         raise NotImplementedError

@@ -1,5 +1,6 @@
 """Training the two codecs: reconstruction with the VAE's divergence, or with the tokenizer's lookup-free losses."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class CodecObjective(Drawn):
 
     def export(self, model: nn.Module, folder: Path, about: dict[str, Any]) -> None:
         section = getattr(self.cfg, self.kind)
-        write_export(folder, self.kind, to_dict(section) | {"weights": None}, model.state_dict(), **about)
+        write_export(folder, self.kind, to_dict(section) | {"weights": None}, model.state_dict(), replace=True, **about)
 
 
 class VAEObjective(CodecObjective):
@@ -80,14 +81,20 @@ class TokenizerObjective(CodecObjective):
     """Reconstruction plus MaskBit's commitment and entropy losses."""
 
     kind = "tokenizer"
+    _assignment: Tensor | None = None  # the mean over a step's images; None where one pass sees them all
 
     def build(self) -> nn.Module:
         return Tokenizer(self.cfg.tokenizer)
 
+    def survey(self, model: nn.Module, batches: Sequence[Batch], mean: Callable[[Tensor], Tensor]) -> None:
+        # the entropy of the mean assignment is no mean over the images: a pass must know what the others assign
+        found = [model(batch.images / 255, survey=True)[0] for batch in batches if batch.images is not None]
+        self._assignment = mean(torch.stack(found).mean(0))
+
     def loss(self, model: nn.Module, batch: Batch, epoch: float) -> tuple[Tensor, Scalars]:
         assert batch.images is not None
         images = batch.images / 255
-        output, parts = model(images)
+        output, parts = model(images, self._assignment)
         reconstruction = reconstruction_loss(output.float(), images)
         loss = reconstruction + parts.pop("quantizer_loss")
         scalars = {"loss": mean_of(loss), "reconstruction": mean_of(reconstruction)}

@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mixar import draws
-from mixar.codecs import LatentNorm, load_tokenizer, load_vae, posterior
+from mixar.codecs import LatentNorm, posterior
 from mixar.config import Config, to_dict
 from mixar.data.batch import Batch, on_device
 from mixar.draws import Stream
@@ -18,7 +18,8 @@ from mixar.mixing import Masking, Mixture, ground_truth_share, masked_counts
 from mixar.model import MixAR, initial_value, patchify
 from mixar.model.diffusion import STEPS
 from mixar.objectives.base import mean_of, means_by_bucket
-from mixar.prior import Prior, fill, load_prior
+from mixar.objectives.frozen import Frozen
+from mixar.prior import Prior, fill
 from mixar.sampling import MixARPipeline
 from mixar.weights import write_export
 
@@ -32,13 +33,15 @@ class MixARObjective:
     Args:
         norm: the latents' normalisation, from the shards' manifest or MAR's scale.
         device: where the frozen prior works; it is never part of the trained model.
+        made: the fingerprints of the codecs that made the shards, as `Frozen` takes them.
     """
 
-    def __init__(self, cfg: Config, norm: LatentNorm, device: torch.device) -> None:
+    def __init__(self, cfg: Config, norm: LatentNorm, device: torch.device, made: dict[str, Any] | None = None) -> None:
         self.cfg = cfg
         self.norm = norm
+        self.frozen = Frozen(cfg, made or {})
         online = cfg.ti_mix.enabled and cfg.ti_mix.source == "online"
-        self.prior: Prior | None = load_prior(cfg.prior, cfg.trust_pickle).to(device) if online else None
+        self.prior: Prior | None = self.frozen.prior.to(device) if online else None
 
     def build(self) -> nn.Module:
         return MixAR(self.cfg.model)
@@ -141,33 +144,38 @@ class MixARObjective:
         mixed = Masking.from_order(order, masking.hidden).masked & (rho >= share)
         return mixed.any(-1).nonzero()[:, 0].tolist()
 
+    def open(self) -> None:
+        self.frozen.open(self._needed)
+
     def preview(self, model: nn.Module) -> Tensor | None:
-        if self._missing():
+        if self.frozen.missing(self._needed):
             return None
         seeds = torch.arange(32)
-        return self._pipeline(model)(seeds % self.cfg.data.classes, seeds)
+        try:
+            return self._pipeline(model)(seeds % self.cfg.data.classes, seeds)
+        finally:
+            self.frozen.rest([kind for kind in self._needed if kind != "prior" or self.prior is None])
 
     def export(self, model: nn.Module, folder: Path, about: dict[str, Any]) -> None:
-        if missing := self._missing():
+        if missing := self.frozen.missing(self._needed):
             log.info("the export leaves out %s: the config names no weights of it", ", ".join(missing))
-            latents = {"mean": self.norm.mean.tolist(), "std": self.norm.std.tolist()}
             section = to_dict(self.cfg.model) | {"attention": "auto"}  # as in the pipeline's export
             write_export(
-                folder, "mixar", section, model.state_dict(), latents=latents, sample=to_dict(self.cfg.sample), **about
-            )
+                folder, "mixar", section, model.state_dict(), replace=True, sample=to_dict(self.cfg.sample),
+                latents=self.norm.to_dict(), **about,
+            )  # fmt: skip
         else:
-            self._pipeline(model).save_pretrained(folder, **about)
+            self._pipeline(model).save_pretrained(folder, replace=True, **about)
 
-    def _missing(self) -> list[str]:
-        """The frozen networks that sampling needs and the config names no weights for."""
-        needed = ["vae"] if self.cfg.model.guidance == "none" else ["vae", "tokenizer", "prior"]
-        return [name for name in needed if getattr(self.cfg, name).weights is None]
+    @property
+    def _needed(self) -> list[str]:
+        """The frozen networks that sampling needs."""
+        return ["vae"] if self.cfg.model.guidance == "none" else ["vae", "tokenizer", "prior"]
 
     def _pipeline(self, model: nn.Module) -> MixARPipeline:
         assert isinstance(model, MixAR)
-        cfg, trust = self.cfg, self.cfg.trust_pickle
-        vae, tokenizer, prior = load_vae(cfg.vae, trust), None, None
-        if cfg.model.guidance != "none":
-            tokenizer = load_tokenizer(cfg.tokenizer, trust)
-            prior = self.prior or load_prior(cfg.prior, trust)
-        return MixARPipeline(model, vae, self.norm, prior, tokenizer, cfg.sample, next(model.parameters()).device)
+        guided, frozen = self.cfg.model.guidance != "none", self.frozen
+        return MixARPipeline(
+            model, frozen.vae, self.norm, frozen.prior if guided else None, frozen.tokenizer if guided else None,
+            self.cfg.sample, next(model.parameters()).device,
+        )  # fmt: skip

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from mixar import draws
-from mixar.codecs import load_tokenizer
 from mixar.config import Config, to_dict
 from mixar.data.batch import Batch
 from mixar.draws import Stream
 from mixar.engine import Scalars
 from mixar.objectives.base import Drawn, mean_of
+from mixar.objectives.frozen import Frozen
 from mixar.prior import Prior, keyed_draws, masked_loss, sample_codes, split_ids, training_mask
 from mixar.weights import write_export
 
@@ -20,9 +20,10 @@ from mixar.weights import write_export
 class PriorObjective(Drawn):
     """LFQBert's loss, every draw keyed by the sample's global index."""
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg: Config, made: dict[str, Any]) -> None:
+        """`made`: the fingerprints of the codecs that made the shards, as `Frozen` takes them."""
         self.cfg, self.seed = cfg, cfg.seed
-        self.tokenizer = None if cfg.tokenizer.weights is None else load_tokenizer(cfg.tokenizer, cfg.trust_pickle)
+        self.frozen = Frozen(cfg, made)
 
     def build(self) -> nn.Module:
         return Prior(self.cfg.prior)
@@ -41,16 +42,23 @@ class PriorObjective(Drawn):
         loss, masked_only = masked_loss(model(tokens, batch.labels, drop), targets, masked, cfg.label_smoothing)
         return loss, {"loss": mean_of(loss), "loss/masked": mean_of(masked_only)}
 
+    def open(self) -> None:
+        self.frozen.open(["tokenizer"])
+
     @torch.no_grad()
     def preview(self, model: nn.Module) -> Tensor | None:
-        if self.tokenizer is None:
+        if self.frozen.missing(["tokenizer"]):
             return None
         assert isinstance(model, Prior)
         device = next(model.parameters()).device
         seeds = torch.arange(32, device=device)
         u, gumbel = keyed_draws(seeds, self.cfg.prior.grid**2, self.cfg.prior.splits)
         codes = sample_codes(model, seeds % self.cfg.data.classes, self.cfg.sample, u, gumbel)
-        return (self.tokenizer.to(device).decode(codes).float().clamp(0, 1) * 255).byte().cpu()
+        images = self.frozen.tokenizer.to(device).decode(codes).float()
+        self.frozen.rest(["tokenizer"])
+        return (images.clamp(0, 1) * 255).byte().cpu()
 
     def export(self, model: nn.Module, folder: Path, about: dict[str, Any]) -> None:
-        write_export(folder, "prior", to_dict(self.cfg.prior) | {"weights": None}, model.state_dict(), **about)
+        section = to_dict(self.cfg.prior) | {"weights": None}
+        made = {"tokenizer": self.frozen.made.get("tokenizer")}  # whose tokens it has learned
+        write_export(folder, "prior", section, model.state_dict(), replace=True, **made, **about)

@@ -1,5 +1,7 @@
 """The discrete prior g_M: MaskBit's generator, its training loss, and drawing codes from it."""
 
+from pathlib import Path
+
 import torch
 
 from mixar.config import PriorConfig, section_from_dict
@@ -8,7 +10,7 @@ from mixar.prior.lfqbert import Prior
 from mixar.prior.loss import masked_loss, training_mask
 from mixar.prior.sampling import fill, keyed_draws, sample_codes
 from mixar.prior.tokens import combine_ids, split_ids
-from mixar.weights import is_export, load_strict, read_export, read_public
+from mixar.weights import find_export, load_strict, read_export, read_public
 
 __all__ = [
     "Prior",
@@ -37,7 +39,8 @@ def load_prior(cfg: PriorConfig, trust_pickle: bool = False) -> Prior:
             "the discrete prior has no weights: write prior.weights=<folder of an exported prior> "
             "or prior.weights=<path of MaskBit's maskbit_generator_14bit.bin>"
         )
-    if is_export(path):
+    if Path(path).is_dir():
+        path = str(find_export(path))
         saved, state = read_export(path, "prior")
         cfg = section_from_dict(PriorConfig, saved["config"], path)
     else:

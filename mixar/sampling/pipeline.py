@@ -28,7 +28,7 @@ from mixar.files import creating_folder
 from mixar.model import Diffusion, MixAR, pack_linears, unpatchify
 from mixar.prior import Prior, keyed_draws, load_prior, sample_codes
 from mixar.sampling.autoregressive import compiled_predict, predict, sample_tokens
-from mixar.weights import is_export, load_strict, read_export, write_network
+from mixar.weights import find_export, is_export, load_strict, read_export, write_network
 
 
 class MixARPipeline:
@@ -71,7 +71,8 @@ class MixARPipeline:
         On a CPU its linear layers run on packed weights, which take their memory once more (`pack_linears`).
 
         Raises:
-            UserError: no export there, or one that is torn, of another kind or without the codecs and the prior.
+            UserError: no export there, or one that is torn, of another kind, without the codecs and the prior, or of
+                weights that are not finite.
         """
         folder = find_export(Path(path))
         about, state = read_export(folder, "mixar")
@@ -90,7 +91,7 @@ class MixARPipeline:
         pipeline = cls(
             model,
             load_vae(VAEConfig(weights=str(folder / "vae"))),
-            LatentNorm(torch.tensor(about["latents"]["mean"]), torch.tensor(about["latents"]["std"])),
+            LatentNorm.from_dict(about["latents"]),
             load_prior(PriorConfig(weights=str(folder / "prior"))) if guided else None,
             load_tokenizer(TokenizerConfig(weights=str(folder / "tokenizer"))) if guided else None,
             section_from_dict(SampleConfig, about["sample"], str(folder / "config.json")),
@@ -98,8 +99,13 @@ class MixARPipeline:
             precision,
             compile,
         )
-        if not compile:
-            for network in pipeline.networks.values():
+        for name, network in pipeline.networks.items():
+            if not all(value.isfinite().all() for value in network.state_dict().values()):
+                raise UserError(
+                    f"the weights of the {name} in {folder} are not finite: its training went wrong; export an earlier "
+                    "checkpoint, or train it again with a lower optim.lr"
+                )
+            if not compile:
                 pack_linears(network)
         return pipeline
 
@@ -109,18 +115,19 @@ class MixARPipeline:
         every = {"model": self.model, "vae": self.vae, "tokenizer": self.tokenizer, "prior": self.prior}
         return {name: network for name, network in every.items() if network is not None}
 
-    def save_pretrained(self, path: str | Path, **about: Any) -> Path:
+    def save_pretrained(self, path: str | Path, replace: bool = False, **about: Any) -> Path:
         """Write model, codecs and prior as one folder of safetensors with a config.json each.
 
         Args:
+            replace: a folder of that name makes room for this one.
             about: further entries of config.json, such as the images seen.
 
         Raises:
             UserError: the folder exists.
         """
-        about |= {"latents": {"mean": self.norm.mean.tolist(), "std": self.norm.std.tolist()}}
+        about |= {"latents": self.norm.to_dict()}
         model = to_dict(self.model.config) | {"attention": "auto"}  # what trained it need not be where it samples
-        with creating_folder(path) as aside:
+        with creating_folder(path, replace) as aside:
             write_network(aside, "mixar", model, self.model.state_dict(), sample=to_dict(self.settings), **about)
             for kind, network in (("vae", self.vae), ("tokenizer", self.tokenizer), ("prior", self.prior)):
                 if network is not None:  # where its weights once lay means nothing to who gets the folder
@@ -154,7 +161,8 @@ class MixARPipeline:
             uint8 [B, 3, H, W].
 
         Raises:
-            UserError: labels out of range, not as many seeds as labels, or settings that this model cannot follow.
+            UserError: labels out of range, not as many seeds as labels, settings that this model cannot follow, or
+                images that are not finite.
         """
         return torch.cat(list(self.stream(labels, seeds, codes, progress)))
 
@@ -191,6 +199,8 @@ class MixARPipeline:
         """Discrete tokens [B, N] through their own tokenizer: uint8 [B, 3, H, W]."""
         assert self.tokenizer is not None, "decoding discrete tokens needs the tokenizer"
         images = [self.tokenizer.decode(codes[b].to(self.device)).float().cpu() for b in self._batches(len(codes))]
+        for decoded in images:
+            _require_finite(tokenizer=decoded)
         return (torch.cat(images).clamp(0, 1) * 255).byte()  # MaskBit truncates
 
     def checked(self, labels: Tensor | Sequence[int], seeds: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -235,21 +245,16 @@ class MixARPipeline:
     @torch.no_grad()
     def _decode(self, tokens: Tensor) -> Tensor:
         latents = self.norm.denormalise(unpatchify(tokens, self.model.config.patch))
-        return rearrange(to_uint8(self.vae.decode(latents)), "b h w c -> b c h w").cpu()
+        images = self.vae.decode(latents)
+        _require_finite(model=tokens, vae=images)
+        return rearrange(to_uint8(images), "b h w c -> b c h w").cpu()
 
 
-def find_export(path: Path) -> Path:
-    """`path` itself where it is an export, else the newest below `path/exports`.
-
-    Raises:
-        UserError: neither is there.
-    """
-    if is_export(path):
-        return path
-    found = [file.parent for file in path.glob("exports/[0-9]*-ema/config.json")]
-    if not found:
-        raise UserError(
-            f"no export at {path}: give a folder with config.json and model.safetensors, or a run directory; "
-            f"`mixar export {path}` makes one of a run's newest checkpoint"
-        )
-    return max(found, key=lambda folder: int(folder.name.removesuffix("-ema")))
+def _require_finite(**outputs: Tensor) -> None:
+    """UserError that names the first network whose output is not finite: as pixels, it would be black images."""
+    for name, output in outputs.items():
+        if not output.isfinite().all():
+            raise UserError(
+                f"the {name} gave values that are not finite: see that its weights are, then try precision fp32, or "
+                "less guidance or temperature"
+            )

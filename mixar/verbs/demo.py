@@ -8,21 +8,23 @@ Interrupted, the same command goes on where it stopped.
 """
 
 import argparse
+import hashlib
 import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mixar import dist
 from mixar.checkpoint import environment
 from mixar.codecs import load_tokenizer, load_vae
-from mixar.config import Config, load_config
+from mixar.config import Config, load_config, to_dict
 from mixar.data.images import ImageSet, ImageSource, open_images, split, training_images
 from mixar.data.shards import prepare
 from mixar.errors import UserError
@@ -34,11 +36,15 @@ from mixar.files import replacing, write_json
 from mixar.plan import parameter_count
 from mixar.sampling import MixARPipeline
 from mixar.train import train
+from mixar.verbs.process import check_writable, interruptible
 from mixar.verbs.report import draw_report
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "demo"
 DIGITS = 4500  # training images of the built-in set, which the configs' epochs are meant for
 COLUMNS = 20  # of the picture
+MADE_OF = "made_of.json"  # what the folder's models are of
+NETWORKS = ("vae", "tokenizer", "prior", "mixar")  # each with a config
+RECIPE = ("model", "mask", "ti_mix", "optim", "train", "sample")  # what else shapes them
 GUIDANCES = ("none", "dc_mix", "dc_sa", "dc_ca")
 
 
@@ -67,7 +73,7 @@ class Demo:
     stages: dict[str, float] = field(default_factory=dict)  # seconds of each finished stage
 
     def __post_init__(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
+        check_writable(self.out / MADE_OF)
         self.device = dist.find().device
         self.precision = dist.fast_precision(self.device)
         whole = open_images(
@@ -78,8 +84,24 @@ class Demo:
         self.classes = len(whole.classes)
         self.count = min(len(whole) - min(500, len(whole) // 10), self.length.images)
         self.held_out = len(whole) - self.count
-        if (self.out / "stages.json").exists():
-            self.stages = json.loads((self.out / "stages.json").read_text())
+        self._claim(digest(whole))
+        self.stages = _read(self.out / "stages.json")
+
+    def _claim(self, images: str) -> None:
+        """Write down what the demo in this folder is made of, unless that is something else.
+
+        Raises:
+            UserError: it is.
+        """
+        configs = {name: to_dict(load_config(CONFIGS / f"{name}.yaml")) for name in NETWORKS}
+        recipes = {name: {part: config[part] for part in (*NETWORKS[:3], *RECIPE)} for name, config in configs.items()}
+        now = json.loads(json.dumps({"images": images, "length": asdict(self.length), "configs": recipes}))
+        before = _read(self.out / MADE_OF)
+        if other := [key for key in now if key in before and _differs(before[key], now[key])]:
+            raise UserError(
+                f"{self.out} holds a demo of other {', '.join(other)}: name another folder with --out, or remove it"
+            )
+        write_json(self.out / MADE_OF, now)
 
     def config(self, name: str, share: float, *overrides: str) -> Config:
         """`configs/demo/<name>.yaml` for this folder and set, of the same number of images seen whatever its size."""
@@ -105,6 +127,13 @@ class Demo:
         """The export that the stage `kind` ended with."""
         found = sorted((self.out / kind / "exports").glob("*-ema"), key=lambda path: int(path.name.split("-")[0]))
         return found[-1] if found else None
+
+    def export_of(self, kind: str) -> Path:
+        """The same. UserError where it was removed since."""
+        export = self.newest_export(kind)
+        if export is None:
+            raise UserError(f"{self.out / kind} has no export any more: remove {self.out} and make the demo again")
+        return export
 
     @contextmanager
     def stage(self, name: str) -> Iterator[bool]:
@@ -148,9 +177,7 @@ class Demo:
         return split(open_images(cfg), cfg.held_out, seed=0)[0 if part == "train" else 1]
 
     def pipeline(self, name: str = "mixar") -> MixARPipeline:
-        export = self.newest_export(name)
-        assert export is not None, f"stage {name} left no export"
-        return MixARPipeline.from_pretrained(export, self.device, self.precision)
+        return MixARPipeline.from_pretrained(self.export_of(name), self.device, self.precision)
 
     def scoring(self) -> tuple[Extractor, Features]:
         """The classifier as feature extractor, and the training images seen through it."""
@@ -202,11 +229,13 @@ def run_demo(demo: Demo) -> dict[str, Any]:
         "seconds": demo.stages | {"total": round(sum(demo.stages.values()), 1)},
         "rfid": {name: score["distance"]["value"] for name, score in rfid.items()},
         "fid": {name: score["distance"]["value"] for name, score in scores.items()},
-        "accuracy": {name: score["accuracy"] for name, score in scores.items()},
+        # none where the set is of one class
+        "accuracy": {name: score["accuracy"] for name, score in scores.items() if "accuracy" in score},
         "images_per_second": images_per_second(demo),
         "measured_with": {
             "what": "Frechet distance in the features of the demo's own classifier, no Inception FID",
-            "name": scores["mixar"]["distance"]["name"], "extractor": extractor.label, "samples": len(labels),
+            "name": scores["mixar"]["distance"]["name"], "extractor": extractor.label,
+            "features": extractor.description, "samples": len(labels),
             "reference": "the training images", "rfid_on": f"{len(held)} held-out images", "precision": demo.precision,
         },
         "environment": environment(),
@@ -231,10 +260,8 @@ def reconstruct(pipeline: MixARPipeline, images: Tensor) -> dict[str, Tensor]:
 def images_per_second(demo: Demo) -> dict[str, float]:
     """Training speed of each network over its whole stage, and of sampling, prior and MixAR together."""
     rates = {"sampling": demo.length.samples / max(demo.stages["samples"], 0.1)}
-    for name in ("vae", "tokenizer", "prior", "mixar"):
-        export = demo.newest_export(name)
-        assert export is not None
-        rates[name] = int(export.name.split("-")[0]) / max(demo.stages[name], 0.1)
+    for name in NETWORKS:
+        rates[name] = int(demo.export_of(name).name.split("-")[0]) / max(demo.stages[name], 0.1)
     return {name: round(rate, 1) for name, rate in rates.items()}
 
 
@@ -267,7 +294,7 @@ def compare(demo: Demo) -> list[dict[str, Any]]:
         rows.append({
             "guidance": guidance, "parameters": parameter_count(cfg), "tokens": tokens,
             "seconds_a_step": median_step(demo.out / name, cfg.train.batch), "seconds_an_image": elapsed / len(labels),
-            "fid": score["distance"]["value"], "accuracy": score["accuracy"],
+            "fid": score["distance"]["value"], "accuracy": score.get("accuracy"),
         })  # fmt: skip
     write_json(demo.out / "compare.json", {"rows": rows, "extractor": extractor.label, "environment": environment()})
     return rows
@@ -289,6 +316,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compare", action="store_true", help="train the four guidances side by side")
 
 
+@interruptible()
 def run(args: argparse.Namespace) -> None:
     length = SHORT if args.short else Length()
     out = args.out or Path(
@@ -299,14 +327,15 @@ def run(args: argparse.Namespace) -> None:
         _print_table(compare(demo))
         return
     report = run_demo(demo)
-    fid, accuracy, rfid = report["fid"], report["accuracy"], report["rfid"]
+    fid, rfid = report["fid"], report["rfid"]
+    accuracy = {name: f"{share:13.1%}" for name, share in report["accuracy"].items()}
     print(f"""
-{"":24}{"distance":>10}{"as labelled":>13}
-{"discrete prior":24}{fid["prior"]:10.2f}{accuracy["prior"]:13.1%}
-{"MixAR":24}{fid["mixar"]:10.2f}{accuracy["mixar"]:13.1%}
+{"":24}{"distance":>10}{"as labelled" if accuracy else "":>13}
+{"discrete prior":24}{fid["prior"]:10.2f}{accuracy.get("prior", "")}
+{"MixAR":24}{fid["mixar"]:10.2f}{accuracy.get("mixar", "")}
 {"reconstruction by VAE":24}{rfid["vae"]:10.2f}
 {"... by the tokenizer":24}{rfid["tokenizer"]:10.2f}
-(Frechet distances in the features of a small classifier; no Inception FID)
+(Frechet distances in the features of a small {report["measured_with"]["features"]}; no Inception FID)
 
 {out / "report.png"}   {out / "report.json"}   {report["seconds"]["total"]:.0f} s in all
 Go on:
@@ -320,6 +349,40 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         print(f"{row['guidance']:10}{row['parameters']:12,}{row['tokens']:8}{row['seconds_a_step']:9.3f}"
               f"{row['seconds_an_image']:9.4f}{row['fid']:10.2f}")  # fmt: skip
+
+
+def digest(images: ImageSet) -> str:
+    """SHA-256 of a set's labels and the content of its images, whatever their names are.
+
+    Raises:
+        UserError: an image that cannot be read.
+    """
+    total = hashlib.sha256(json.dumps(images.labels).encode())
+    for item in images.items:
+        try:
+            content = item.tobytes() if isinstance(item, np.ndarray) else item.read_bytes()
+        except OSError as error:
+            raise UserError(f"image {item} cannot be read ({error.strerror}): replace it or take it out") from None
+        total.update(len(content).to_bytes(8) + content)
+    return total.hexdigest()
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """What a demo wrote down; nothing where it has not yet."""
+    try:
+        found = json.loads(file.read_text()) if file.exists() else {}
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{file} is not what the demo wrote: remove {file.parent} and make the demo again")
+    return found
+
+
+def _differs(before: Any, now: Any) -> bool:
+    """Whether two records differ in what both tell, but for where weights lie."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return any(_differs(before[key], now[key]) for key in now if key in before and key != "weights")
+    return bool(before != now)
 
 
 def _pixels(images: ImageSet, size: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Is this machine ready: versions, devices, memory, compilers; with a config also its folders and shards.
+"""Is this machine ready: versions, devices, memory, compilers; with a config also its folders, shards and weights.
 
     mixar doctor [CONFIG] [key=value ...]
     srun --ntasks-per-node=8 mixar doctor CONFIG          every rank checks its place; so under torchrun -m mixar doctor
@@ -18,7 +18,7 @@ import socket
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -29,10 +29,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from mixar import __version__, dist
-from mixar.config import Config, load_config
+from mixar.codecs import load_tokenizer, load_vae
+from mixar.config import Config, load_config, missing_inputs
 from mixar.data.manifest import MANIFEST, check_manifest, read_manifest
 from mixar.errors import UserError
 from mixar.ops.build import DEVICES, status
+from mixar.prior import load_prior
 
 
 class Finding(NamedTuple):
@@ -43,7 +45,7 @@ class Finding(NamedTuple):
 
 
 def examine(cfg: Config | None) -> Iterator[Finding]:
-    """All checks, those of folders and shards only with a config."""
+    """All checks, those of folders, shards and weights only with a config."""
     yield Finding("ok", f"mixar {__version__}, python {platform.python_version()}")
     yield from versions()
     yield accelerator("flash_attn", "flash_attn_func", "attention runs in torch's own kernels")
@@ -57,6 +59,10 @@ def examine(cfg: Config | None) -> Iterator[Finding]:
         yield writable("run_dir", cfg.run_dir)
         if cfg.task in ("prior", "mixar"):
             yield shards(cfg)
+        if cfg.data.cache is not None:
+            yield writable("data.cache", cfg.data.cache)
+        yield from weights(cfg)
+        yield from (Finding("bad", text) for text in missing_inputs(cfg, ["init_from", "engine.deepspeed"]))
 
 
 def odd_ones(found: list[tuple[str, list[Finding]]]) -> Iterator[Finding]:
@@ -202,6 +208,25 @@ def shards(cfg: Config) -> Finding:
     except UserError as error:
         return Finding("bad", str(error))
     return Finding("ok", f"shards in {place} fit the config: {manifest.count} images, {len(manifest.classes)} classes")
+
+
+def weights(cfg: Config) -> Iterator[Finding]:
+    """Whether the frozen networks that the config names can be loaded, tried by loading each."""
+    loaders: dict[str, Callable[[], object]] = {
+        "vae": lambda: load_vae(cfg.vae, cfg.trust_pickle),
+        "tokenizer": lambda: load_tokenizer(cfg.tokenizer, cfg.trust_pickle),
+        "prior": lambda: load_prior(cfg.prior, cfg.trust_pickle),
+    }
+    for kind, load in loaders.items():
+        path = getattr(cfg, kind).weights
+        if path is None:
+            continue
+        try:
+            load()
+        except UserError as error:
+            yield Finding("bad", f"{kind}.weights={path}: {error}")
+        else:
+            yield Finding("ok", f"{kind}.weights={path} can be loaded")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,9 +1,11 @@
 """What `sample` and `evaluate` share: the sampling flags, and a folder of samples that says how it was drawn."""
 
 import argparse
+import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,6 +13,7 @@ from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
@@ -19,13 +22,16 @@ from torch import Tensor
 from mixar.config import ORDERS, PRECISIONS, PRESETS, SampleConfig, load_config, to_dict
 from mixar.errors import UserError
 from mixar.evaluation.images import write_npz
-from mixar.files import replacing, write_json
+from mixar.files import replacing, sync, write_json
 from mixar.model import Diffusion
 from mixar.sampling import MixARPipeline, find_export
+from mixar.verbs.process import check_writable
 from mixar.weights import fingerprint, is_export
 
 RECORD = "sampling.json"
 NPZ = "samples.npz"
+PARTS = ".samples"  # folder of what is drawn already of an npz, a batch a file
+LONGEST = 245  # bytes of a name: file systems take 255, and endings are put to it
 
 
 def _interval(text: str) -> list[float]:
@@ -128,7 +134,11 @@ class Drawing:
         parts += [f"labels-{self.classes}"] if self.classes else []
         parts += [self.asked["preset"]] if "preset" in self.asked else []
         said = [name for name in _FLAGS if name in self.asked and name not in ("seed", "batch")]
-        return "-".join([*parts, *(f"{name}-{self.asked[name]}".replace(" ", "") for name in said)])
+        name = "-".join([*parts, *(f"{name}-{self.asked[name]}".replace(" ", "") for name in said)])
+        whole = name.encode()
+        if len(whole) > LONGEST:
+            name = f"{whole[: LONGEST - 17].decode(errors='ignore')}-{hashlib.sha256(whole).hexdigest()[:16]}"
+        return name
 
     @property
     def folder(self) -> Path:
@@ -148,24 +158,27 @@ class Drawing:
 
     @property
     def record(self) -> dict[str, Any]:
-        """How the samples are drawn, as their folder says it."""
+        """How the samples are drawn, as their folder says it. The export is told for who reads it: weights decide."""
+        norm = self.pipeline.norm
         return {
             "export": str(find_export(self.path)),
             "weights": self.weights,
+            "latents": fingerprint({"mean": norm.mean, "std": norm.std}),
             "dtype": self.pipeline.precision,
             "labels": self.turn,
             "count": self.count,
-            "sampling": {name: value for name, value in to_dict(self.pipeline.settings).items() if name != "batch"},
+            "sampling": _without_batch(to_dict(self.pipeline.settings)),
         }
 
     def check(self) -> None:
         """Find before anything is drawn what `write(folder)` would refuse.
 
         Raises:
-            UserError: settings or labels that this model cannot follow, or a folder of samples drawn otherwise.
+            UserError: settings or labels that this model cannot follow, or a folder of samples drawn otherwise or that
+                cannot be written.
         """
-        self.pipeline.checked(self.labels, self.seeds)
-        self._refuse_others(self.folder)
+        check_writable(self.folder / RECORD)
+        self._refuse(self.folder)
 
     def write(self, folder: Path, watch: Callable[[Iterator[Tensor]], Iterator[Tensor]] = iter) -> list[Path]:
         """Draw those of the PNGs `<seed>-<label>.png` that `folder` does not hold yet; returns all, in order of seed.
@@ -177,7 +190,7 @@ class Drawing:
             UserError: nothing can be written there, or the folder holds samples that were drawn otherwise.
         """
         self._claim(folder)
-        files = [folder / f"{seed}-{label}.png" for seed, label in zip(self.seeds, self.labels)]
+        files = [folder / name for name in sample_names(self.record)]
         missing = [i for i, file in enumerate(files) if not file.exists()]
         if missing:
             labels, seeds = [self.labels[i] for i in missing], [self.seeds[i] for i in missing]
@@ -188,34 +201,88 @@ class Drawing:
         return files
 
     def write_npz(self, folder: Path) -> Path:
-        """Draw all into an npz of ADM's form, whole or not at all. Otherwise as `write`."""
+        """Draw all into an npz of ADM's form, which appears whole. Otherwise as `write`.
+
+        Until then each batch is kept in a file, so that the same command goes on after a kill; with batches of the same
+        size, to the very bytes of an undisturbed npz.
+        """
         self._claim(folder)
-        file = folder / NPZ
+        file, parts = folder / NPZ, folder / PARTS
         if not file.exists():
-            images = self.pipeline.stream(self.labels, self.seeds, progress="samples")
-            write_npz(file, images, self.count, torch.tensor(self.labels))
+            drawn = self._draw_parts(parts)
+            images = (torch.from_numpy(np.load(part)) for part in drawn)
+            write_npz(parts / NPZ, images, self.count, torch.tensor(self.labels))
+            (parts / NPZ).rename(file)  # written in there, what a kill leaves of it goes with the parts
+            sync(folder)
+        shutil.rmtree(parts, ignore_errors=True)
         return file
+
+    def _draw_parts(self, parts: Path) -> list[Path]:
+        """Draw what is missing of the files `<first>.npy` of consecutive images [B, 3, H, W]; all of them, in order."""
+        drawn, at = [], 0
+        while (part := parts / f"{at}.npy").exists():
+            drawn.append(part)
+            at += len(np.load(part, mmap_mode="r"))
+        if at < self.count:
+            for images in self.pipeline.stream(self.labels[at:], self.seeds[at:], progress="samples"):
+                drawn.append(parts / f"{at}.npy")
+                with replacing(drawn[-1]) as aside, aside.open("wb") as file:
+                    np.save(file, images.numpy())
+                at += len(images)
+        return drawn
 
     def _claim(self, folder: Path) -> None:
         """Write down how the samples in `folder` are drawn, unless it holds others."""
-        self._refuse_others(folder)
+        self._refuse(folder)
         write_json(folder / RECORD, self.record)
 
-    def _refuse_others(self, folder: Path) -> None:
-        record = self.record
-        before = read_record(folder) or record
-        other = [key for key in record if before.get(key) != record[key]]
-        if other and (any(folder.glob("*.png")) or (folder / NPZ).exists()):
-            raise UserError(
-                f"{folder} holds samples of other {', '.join(other)}: remove it, or draw into another folder with "
-                "`mixar sample --out`"
-            )
+    def _refuse(self, folder: Path) -> None:
+        self.pipeline.checked(self.labels, self.seeds)
+        if not (any(folder.glob("*.png")) or (folder / NPZ).exists() or (folder / PARTS).exists()):
+            return
+        before = read_record(folder)
+        elsewhere = "remove it, or draw into another folder with `mixar sample --out`"
+        if before is None:
+            raise UserError(f"{folder} holds images of which nothing says how they were drawn: {elsewhere}")
+        if other := differences(before, self.record):
+            raise UserError(f"{folder} holds samples of other {', '.join(other)}: {elsewhere}")
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What two records tell differently of how samples are drawn. The older one may lack what is newer than it."""
+    return [key for key in now if key != "export" and key in before and before[key] != now[key]]
 
 
 def read_record(samples: Path) -> dict[str, Any] | None:
-    """How the samples in a folder, or in the npz of one, were drawn; None where nothing says so."""
-    file = (samples if samples.is_dir() else samples.parent) / RECORD
-    return json.loads(file.read_text()) if file.is_file() else None
+    """How the samples in a folder, or in the npz of one, were drawn; None where nothing says so.
+
+    Raises:
+        UserError: a record that `mixar sample` did not write.
+    """
+    folder = samples if samples.is_dir() else samples.parent
+    file = folder / RECORD
+    if not file.is_file() or (samples.is_file() and samples.name != NPZ):
+        return None
+    try:
+        record = json.loads(file.read_text())
+        told = record["export"], record["weights"], record["dtype"], record["labels"], record["count"]
+        sampling = _without_batch(to_dict(SampleConfig()) | record["sampling"])  # newer settings were at their defaults
+        kinds = [type(value) for value in (*told, sampling["seed"])]
+        if kinds != [str, dict, str, list, int, int] or {type(label) for label in told[3]} != {int}:
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{file} is not what `mixar sample` writes: remove it to take the images as they are") from None
+    return record | {"sampling": sampling}
+
+
+def sample_names(record: dict[str, Any]) -> dict[str, int]:
+    """The name of each PNG that a record tells of, and its label."""
+    first, labels = record["sampling"]["seed"], islice(cycle(record["labels"]), record["count"])
+    return {f"{first + i}-{label}.png": label for i, label in enumerate(labels)}
+
+
+def _without_batch(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name != "batch"}  # it changes the speed only
 
 
 def place(path: Path, kind: str) -> Path:

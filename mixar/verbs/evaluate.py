@@ -1,4 +1,4 @@
-"""Score images against a reference: Fréchet distance, Inception Score, precision and recall, with a JSON receipt.
+"""Score images against a reference: Frechet distance, Inception Score, precision and recall, with a JSON receipt.
 
     mixar evaluate runs/mixar_l --reference imagenet.npz                           draws 50,000 images and scores them
     mixar evaluate --samples DIR --reference DIR --crop 256                        scores what is there
@@ -12,13 +12,15 @@ sample`, and writes PATH/eval/<name>-grid.json with a table (.md) and a plot (.p
 """
 
 import argparse
+import os
 from pathlib import Path
 
 from mixar.errors import UserError
 from mixar.evaluation.receipt import FID_IMAGES
 from mixar.verbs.drawing import AXES, Drawing, add_sampling_arguments, place, sampling_flags
-from mixar.verbs.grid import DEFAULT, grid_drawings, parse_grid, run_grid
-from mixar.verbs.scoring import Scorer, open_samples
+from mixar.verbs.grid import DEFAULT, Drawings, grid_drawings, parse_grid, run_grid
+from mixar.verbs.process import check_writable, interruptible
+from mixar.verbs.scoring import Scorer, open_reference, open_samples
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,24 +38,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling_arguments(parser, f"{FID_IMAGES}")
 
 
+@interruptible()
 def run(args: argparse.Namespace) -> None:
     check_flags(args)
-    # first whatever may be wrong with what is to be scored: reading the reference takes long
     points = [] if args.grid is None else parse_grid(args.grid, sampling_flags(args))
-    drawing = Drawing.of(args, FID_IMAGES) if args.path else None
-    drawings = grid_drawings(drawing, points, args.repeats or 1) if drawing is not None else []
-    if args.samples:
-        open_samples(Path(args.samples))
-
-    scorer, out = Scorer.of(args), Path(args.out) if args.out else None
-    if args.samples:
+    out, kept = (Path(name) if name else None for name in (args.out, args.save_statistics))
+    for file in filter(None, (out, kept)):
+        check_writable(file)
+    # whatever may be wrong is found before the reference is read and before anything is drawn: both take long
+    opened = open_reference(args.reference, args.crop)
+    if args.path:
+        drawing = Drawing.of(args, FID_IMAGES)
+        drawings = grid_drawings(drawing, points, args.repeats or 1)
+        score_drawing(drawing, drawings, Scorer.of(args, opened), out, kept)
+    elif args.samples:
         samples = Path(args.samples)
-        scorer.score(samples, out or samples.with_name(f"{samples.name}.eval.json"))
-    if drawing is not None and drawings:
+        images, *_ = open_samples(samples)
+        scorer = Scorer.of(args, opened)
+        receipt = out or samples.with_name(f"{samples.name}.eval.json")
+        scorer.check(next(iter(images)).shape[2:], images.count)
+        scorer.check_receipt(receipt)
+        save(scorer, kept)
+        scorer.score(samples, receipt)
+    else:
+        save(Scorer.of(args, opened), kept)
+
+
+def score_drawing(drawing: Drawing, drawings: Drawings, scorer: Scorer, out: Path | None, kept: Path | None) -> None:
+    """Draw and score, at each point of a grid where there are any."""
+    scorer.check((drawing.pipeline.vae.config.image_size,) * 2, drawing.count)
+    if drawings:
+        save(scorer, kept)
         run_grid(drawing, drawings, scorer, out)
-    elif drawing is not None:
-        drawing.write(drawing.folder)
-        scorer.score(drawing.folder, out or place(drawing.path, "eval") / f"{drawing.name}.json")
+        return
+    drawing.check()
+    receipt = out or place(drawing.path, "eval") / f"{drawing.name}.json"
+    scorer.check_receipt(receipt)
+    save(scorer, kept)
+    drawing.write(drawing.folder)
+    scorer.score(drawing.folder, receipt)
+
+
+def save(scorer: Scorer, file: Path | None) -> None:
+    """Keep the reference's statistics where that was asked for."""
+    if file is not None:
+        scorer.save_statistics(file)
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -70,5 +99,9 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--repeats {args.repeats} repeats the points of a grid: add --grid, or drop --repeats")
     if args.repeats is not None and args.repeats < 1:
         raise UserError(f"--repeats {args.repeats} scores nothing: write --repeats 1 or more")
+    if args.save_statistics and Path(args.save_statistics).suffix != ".npz":
+        raise UserError(f"--save-statistics {args.save_statistics} could not be read again: name a file ending in .npz")
+    if args.save_statistics and os.path.realpath(args.save_statistics) == os.path.realpath(args.reference):
+        raise UserError(f"--save-statistics {args.save_statistics} is the reference itself: name another file")
     if args.grid is not None and args.out and Path(args.out).suffix != ".json":
         raise UserError(f"--out {args.out} is not where a grid goes, with a table and a plot beside: write a .json")

@@ -13,14 +13,16 @@ from pathlib import Path
 
 import torch
 
-from mixar.checkpoint import complete_checkpoints, export_path, load_ema
+from mixar.checkpoint import complete_checkpoints, export_path, load_ema, read_head
+from mixar.codecs import LatentNorm
 from mixar.config import Config, load_config
-from mixar.dist import Place
 from mixar.errors import UserError
 from mixar.model import MixAR
-from mixar.objectives import MixARObjective
-from mixar.train import build_objective, latent_norm, open_source
-from mixar.weights import load_strict, read_public
+from mixar.objectives import MixARObjective, Objective, PriorObjective
+from mixar.train import build_objective, describe_data, latent_norm, open_source
+from mixar.weights import holds, load_strict, read_public
+
+CPU = torch.device("cpu")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,17 +46,33 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"no complete checkpoint in {run_dir}: `mixar train {run_dir}/config.yaml` goes on until one")
     images = int(checkpoints[-1].name)
     out = Path(args.out) if args.out else export_path(run_dir, images)
-    if out.exists() and args.out is None:
-        print(f"the run has this export already: {out}")
-        return
+    if args.out is not None and out.exists():
+        raise UserError(f"{out} exists and is never overwritten: remove it, or name another folder with --out")
     cfg = load_config(run_dir / "config.yaml", overrides)
-    source = open_source(cfg)
-    objective = build_objective(cfg, source, Place(rank=0, world=1, device=torch.device("cpu")))
+    objective, count = open_objective(cfg, checkpoints[-1])
+    objective.open()
     model = objective.build()
     load_ema(checkpoints[-1], model)
-    about = {"images": images, "epochs": images / sum(source.shard_sizes), "weights": "ema"}
-    objective.export(model.eval(), out, about)
+    if holds(out, model.state_dict()) and not overrides:
+        print(f"the run has this export already: {out}")
+        return
+    objective.export(model.eval(), out, {"images": images, "epochs": images / count, "weights": "ema"})
     print(f"the EMA weights after {images} images: {out}")
+
+
+def open_objective(cfg: Config, checkpoint: Path) -> tuple[Objective, int]:
+    """What `cfg` trains, and the images of its set; from the checkpoint alone, where it tells of its data.
+
+    Raises:
+        UserError: as `open_source`, for a checkpoint that does not tell.
+    """
+    data = read_head(checkpoint)[0].get("data", {})
+    if cfg.task == "mixar" and data:
+        return MixARObjective(cfg, LatentNorm.from_dict(data["latents"]), CPU, data), data["count"]
+    if cfg.task == "prior" and data:
+        return PriorObjective(cfg, data), data["count"]
+    source = open_source(cfg)
+    return build_objective(cfg, source, CPU, describe_data(cfg, source)), sum(source.shard_sizes)
 
 
 def release_public(cfg: Config, weights: str, out: str | None) -> None:
@@ -65,7 +83,8 @@ def release_public(cfg: Config, weights: str, out: str | None) -> None:
     """
     if out is None:
         raise UserError(f"--weights {weights} belongs to no run: name the release's folder with --out DIR")
-    objective = MixARObjective(cfg, latent_norm(cfg), torch.device("cpu"))
+    objective = MixARObjective(cfg, latent_norm(cfg), CPU)
+    objective.open()
     with torch.device("meta"):  # the weights come from the file, so none are drawn
         model = MixAR(cfg.model)
     load_strict(model, read_public(weights, "mar", cfg.trust_pickle), weights)

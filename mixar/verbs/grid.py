@@ -17,11 +17,12 @@ from PIL import Image
 from torch import Tensor
 
 from mixar.checkpoint import environment
-from mixar.config import PRESETS, to_dict
+from mixar.config import PRESETS, SampleConfig, to_dict
 from mixar.errors import UserError, did_you_mean
 from mixar.files import replacing, write_json, write_text
-from mixar.verbs.drawing import AXES, Drawing, naming, parse_setting, place
+from mixar.verbs.drawing import AXES, Drawing, differences, naming, parse_setting, place
 from mixar.verbs.plot import Mark, draw_plot
+from mixar.verbs.process import check_writable
 from mixar.verbs.scoring import Scorer
 
 Settings = dict[str, Any]
@@ -93,28 +94,40 @@ def run_grid(drawing: Drawing, drawings: Drawings, scorer: Scorer, out: Path | N
     Raises:
         UserError: before anything is drawn: images that cannot be scored, or rows of others in the way.
     """
-    scorer.check(drawing.pipeline.vae.config.image_size, drawing.count)
     file = out or place(drawing.path, "eval") / f"{drawing.name}-grid.json"
+    check_writable(file)
     head = {name: value for name, value in drawing.record.items() if name != "sampling"}
     head |= {"extractor": scorer.extractor.label, "reference": scorer.reference.digest}
     head |= {"device": environment()["device"]}  # seconds of different ones do not compare
     rows = read_rows(file, head)
     _write(file, head, rows)  # now rather than after an hour, should it not be possible
+    keys = [
+        {"settings": point, "repeats": len(parts), "sampling": to_dict(parts[0].pipeline.settings)}
+        for point, parts in drawings
+    ]
+    known = [next((row for row in rows if key.items() <= row.items()), None) for key in keys]
+    for row, (_, parts) in zip(known, drawings):
+        for part in parts if row is None else []:
+            scorer.check_receipt(receipt_of(part, file))
     asked: list[Row] = []
-    for number, (point, parts) in enumerate(drawings, 1):
-        key = {"settings": point, "repeats": len(parts), "sampling": to_dict(parts[0].pipeline.settings)}
-        row = next((row for row in rows if key.items() <= row.items()), None)
+    for number, (key, row, (point, parts)) in enumerate(zip(keys, known, drawings), 1):
         if row is None:
             print(f"\n[{number}/{len(drawings)}] {describe(point)}")
-            row = key | measure(parts, scorer)
+            row = key | measure(parts, scorer, file)
             rows.append(row)
             _write(file, head, rows)
         asked.append(row)
     text = table(asked)
+    print(f"\n{text}", flush=True)
     write_text(file.with_suffix(".md"), text + "\n")
     with replacing(file.with_suffix(".png")) as aside:
         plot(asked).save(aside, "PNG")
-    print(f"\n{text}\nthe grid: {file}, the table: {file.with_suffix('.md')}, the plot: {file.with_suffix('.png')}")
+    print(f"the grid: {file}, the table: {file.with_suffix('.md')}, the plot: {file.with_suffix('.png')}")
+
+
+def receipt_of(part: Drawing, grid: Path) -> Path:
+    """Where the scores of `part` are told: beside the grid."""
+    return grid.with_name(f"{part.name}.json")
 
 
 def describe(point: Settings) -> str:
@@ -132,9 +145,13 @@ def read_rows(file: Path, head: dict[str, Any]) -> list[Row]:
         return []
     try:
         before = json.loads(file.read_text())
-        other = [name for name, value in head.items() if before[name] != value]
-        rows: list[Row] = before["rows"]
-    except (ValueError, KeyError, TypeError):
+        # old grids do not tell of the latents
+        other = differences({name: before[name] for name in head if name != "latents" or name in before}, head)
+        # newer settings were at their defaults
+        rows = [row | {"sampling": to_dict(SampleConfig()) | row["sampling"]} for row in before["rows"]]
+        if not all(row.keys() >= {"settings", "repeats", "seconds", "distance", "score"} for row in rows):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{file} holds no grid: remove it, or name another file with --out") from None
     if other:
         raise UserError(f"{file} holds rows of other {', '.join(other)}: remove it, or name another file with --out")
@@ -164,7 +181,7 @@ class Stopwatch:
             yield images
 
 
-def measure(parts: list[Drawing], scorer: Scorer) -> Row:
+def measure(parts: list[Drawing], scorer: Scorer, grid: Path) -> Row:
     """Draw what is missing of each repeat and score it: seconds an image, and the scores over the repeats.
 
     One batch is drawn beforehand, so that nothing is compiled or allocated for the first time while the clock runs.
@@ -176,7 +193,7 @@ def measure(parts: list[Drawing], scorer: Scorer) -> Row:
     clock, receipts, scores = Stopwatch(), [], []
     for part in parts:
         part.write(part.folder, clock.watch)
-        receipts.append(place(part.path, "eval") / f"{part.name}.json")
+        receipts.append(receipt_of(part, grid))
         scores.append(scorer.score(part.folder, receipts[-1]))
     if clock.images < size:
         clock = Stopwatch()
@@ -235,7 +252,8 @@ def plot(rows: list[Row]) -> Image.Image:
     for row in rows:
         distance, settings = row["distance"], row["settings"]
         values = [str(settings[name]) for name in ("preset", *axes) if name in settings]
-        x, y, low, high = row["seconds"], distance["mean"], distance["lowest"], distance["highest"]
+        x, ends = row["seconds"], (distance["mean"], distance["lowest"], distance["highest"])
+        y, low, high = (max(end, 1e-6) for end in ends)  # the axis is logarithmic
         marks.append(Mark(x, y, low, high, " / ".join(values), "preset" in settings, row in front))
     note = f"line: Pareto front; labels: {' / '.join(axes) or 'presets'}"
     return draw_plot(marks, "seconds an image", rows[0]["distance"]["name"], note)

@@ -23,10 +23,11 @@ from mixar.data.images import training_images
 from mixar.data.manifest import read_manifest
 from mixar.data.parts import local_folder
 from mixar.data.pre_draw import check_pre_draw, predraw
-from mixar.data.shards import ENDING, planned_manifest, prepare, verify
+from mixar.data.shards import planned_manifest, prepare, verify
 from mixar.data.survey import survey
 from mixar.errors import UserError
 from mixar.prior import load_prior
+from mixar.signals import STOPPING
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +107,7 @@ def make(cfg: Config, pre_draw: bool, rank: int, world: int) -> None:
 @contextmanager
 def interruptible() -> Iterator[None]:
     """End as by Ctrl-C on what else asks for an end, unless it is ignored, as under nohup."""
-    before = {number: signal.getsignal(number) for number in ENDING}
+    before = {number: signal.getsignal(number) for number in STOPPING}
     try:
         for number, handler in before.items():
             if handler is not signal.SIG_IGN:

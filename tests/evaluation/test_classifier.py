@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from mixar.errors import UserError
-from mixar.evaluation.classifier import _shift, load_classifier, train_classifier
+from mixar.evaluation import evaluate
+from mixar.evaluation.classifier import _shift, load_classifier, save_classifier, train_classifier
+from mixar.evaluation.extractors import make_extractor
 
 
 def test_training_is_a_function_of_the_seed(digits):
@@ -49,3 +51,28 @@ def test_shift_moves_down_and_right_and_repeats_edges():
 def test_impossible_sets_are_refused(n, label, fault):
     with pytest.raises(UserError, match=fault):
         train_classifier(torch.zeros(n, 3, 32, 32, dtype=torch.uint8), torch.full((n,), label), 10)
+
+
+def test_one_class_is_told_apart_by_its_turns(digits, tmp_path):
+    ones = digits[0][digits[1] == 7]
+    torch.manual_seed(0)
+    network, accuracy = train_classifier(ones, torch.zeros(len(ones), dtype=torch.long), 1, steps=60)
+    assert network.config.classes == 4 and accuracy > 0.8
+    save_classifier(tmp_path / "export", network, accuracy)
+    extractor = make_extractor(str(tmp_path / "export"))
+    assert extractor.label.startswith("rotations:") and extractor.classes is None
+    assert "for a set of one class" in extractor.description
+    # its features see what is wrong with an image, and labels say nothing
+    noisy = (ones.int() + torch.randint(0, 120, ones.shape)).clamp(0, 255).byte()
+    labels = torch.zeros(50, dtype=torch.long)
+    real = evaluate([ones[:50]], [ones[50:]], extractor, labels)
+    fake = evaluate([noisy[:50]], [ones[50:]], extractor, labels)
+    assert real["distance"]["value"] < 0.2 * fake["distance"]["value"] and "accuracy" not in real
+
+
+def test_a_classifier_of_broken_weights_scores_nothing(digits, export, tmp_path):
+    classifier, accuracy = load_classifier(export)
+    classifier.embedding.bias.data[0] = float("nan")
+    save_classifier(tmp_path / "export", classifier, accuracy)
+    with pytest.raises(UserError, match="no finite features"):
+        evaluate([digits[0][:8]], [digits[0][8:16]], make_extractor(str(tmp_path / "export")))

@@ -20,7 +20,7 @@ TINY = [
     "data.image_size=16", "data.classes=3", "vae.width=16", "vae.multipliers=[1,2]", "vae.blocks=1", "vae.attention=[]",
     "vae.latent_channels=4", "vae.latent_scale=0.5", "model.guidance=none", "model.grid=8", "model.class_tokens=2",
     "model.encoder_width=32", "model.encoder_depth=1", "model.encoder_heads=2", "model.head_depth=1",
-    "model.head_width=32", "sample.steps=2", "sample.diffusion_steps='3'",
+    "model.head_width=32", "sample.steps=2", "sample.diffusion_steps=3",
 ]  # fmt: skip
 
 

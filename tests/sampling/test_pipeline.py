@@ -126,3 +126,24 @@ def test_export_without_its_codecs(make_pipeline, tmp_path):
     (folder / "prior" / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"without prior.* prior\.weights=PATH"):
         MixARPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["model", "vae", "tokenizer", "prior"])
+def test_weights_that_are_not_finite_are_named(make_pipeline, tmp_path, name):
+    pipeline = make_pipeline()
+    next(pipeline.networks[name].parameters()).data.view(-1)[0] = float("nan")
+    folder = pipeline.save_pretrained(tmp_path / "export")
+    with pytest.raises(UserError, match=f"weights of the {name} in .* are not finite"):
+        MixARPipeline.from_pretrained(folder)
+
+
+def test_black_images_of_nothing_finite_are_refused(make_pipeline):
+    pipeline = make_pipeline()
+    pipeline.vae.decoder.conv_out.bias.data[1] = float("nan")
+    with pytest.raises(UserError, match="the vae gave values that are not finite"):
+        pipeline(LABELS, SEEDS)
+    pipeline.tokenizer.decoder.conv_out.bias.data[1] = float("inf")
+    with pytest.raises(UserError, match="the tokenizer gave values that are not finite"):
+        pipeline.decode_codes(torch.zeros(1, 64, dtype=torch.long))
+    with pytest.raises(UserError, match="the model gave values that are not finite"):
+        make_pipeline().with_settings(guidance=1e38)(LABELS, SEEDS)

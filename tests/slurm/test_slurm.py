@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -56,6 +57,20 @@ def test_scripts_are_sound(script) -> None:
     subprocess.run(["bash", "-n", script], check=True)
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", "--external-sources", script], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("run_dir", ["runs/exp #2  a", "2024-01-05", "007", "it's $HOME"])
+def test_the_pipeline_hands_on_the_run_dir_as_it_is(tmp_path, run_dir) -> None:
+    sbatch = tmp_path / "sbatch"  # what was submitted, an argument a line
+    sbatch.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" >>{tmp_path}/submitted\necho 7\n')
+    sbatch.chmod(0o755)
+    subprocess.run(
+        ["slurm/pipeline.sh", "l", f"run_dir={run_dir}", "--trust-pickle", "--", "--count", "8"], check=True, cwd=ROOT,
+        env=os.environ | {"PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    submitted = (tmp_path / "submitted").read_text().splitlines()
+    assert submitted[-4:] == ["slurm/evaluate.sh", run_dir, "--count", "8"]
+    assert submitted.count(f"run_dir={run_dir}") == submitted.count("--trust-pickle") == 2
 
 
 @pytest.mark.parametrize(("script", "nodes"), [("train_b", 1), ("train_l", 2), ("train_h", 2), ("prepare", 1)])

@@ -14,17 +14,8 @@ import torch
 
 from mixar.checkpoint import complete_checkpoints
 from mixar.weights import read_export
-from tests.home import end, start_ranks
-
-ROOT = Path(__file__).parents[2]
-
-
-def train(home: Path, run: Path, *overrides: str) -> list[str]:
-    return [str(ROOT / "mixar" / "train.py"), str(home / "config.yaml"), f"run_dir={run}", *overrides]
-
-
-def records(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+from tests.home import end, records, start_ranks
+from tests.home import train_arguments as train
 
 
 def wait_for(path: Path, processes: list[subprocess.Popen]) -> None:

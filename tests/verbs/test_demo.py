@@ -1,6 +1,7 @@
 """The demo on a user's own folder, in its short form, killed on the way and started again."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,6 +63,43 @@ def test_a_killed_demo_goes_on_and_reports(shapes, tmp_path) -> None:
         assert len(set(picture.convert("RGB").getdata())) > 100
     pipeline = MixARPipeline.from_pretrained(out / "mixar")
     assert pipeline([0, 1, 2], [0, 1, 2]).shape == (3, 3, 32, 32)
+
+
+def test_a_demo_of_something_else_is_noticed(mixar, refused, tmp_path):
+    """One class, whose samples have no right label; the same images by another path; others of the same name."""
+    rng = np.random.default_rng(0)
+    for i in range(44):
+        for root in ("a", "b"):
+            (tmp_path / root / "photos").mkdir(parents=True, exist_ok=True)
+            image = np.linspace(0, 200, 32)[:, None, None] + rng.integers(0, 55, (32, 32, 3))
+            Image.fromarray(image.astype(np.uint8)).save(tmp_path / root / "photos" / f"{i:02d}.bmp")  # of one size
+    out = ("--out", tmp_path / "out", "--short")
+    status, said, complaint = mixar("demo", "--images", tmp_path / "a" / "photos", *out)
+    assert status == 0, complaint
+    assert "rotations by 0, 90, 180 and 270 degrees" in said and "as labelled" not in said
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["accuracy"] == {} and report["measured_with"]["extractor"].startswith("rotations:")
+    made_of = tmp_path / "out" / "made_of.json"
+    before = made_of.read_text()
+    assert "demo of other images" in refused("demo", "--images", tmp_path / "b" / "photos", *out)
+    assert "demo of other length" in refused("demo", "--images", tmp_path / "a" / "photos", *out[:2])
+    assert made_of.read_text() == before
+    shutil.copytree(tmp_path / "a" / "photos", tmp_path / "elsewhere")
+    known = json.loads(before)
+    del known["length"], known["configs"]["vae"]["optim"]["ema"]  # written before there were these
+    made_of.write_text(json.dumps(known))
+    assert mixar("demo", "--images", tmp_path / "elsewhere", *out)[0] == 0
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["fid"] == report["fid"]
+    known["configs"]["vae"]["optim"]["lr"] = 1
+    made_of.write_text(json.dumps(known))
+    assert "demo of other configs" in refused("demo", "--images", tmp_path / "elsewhere", *out)
+    made_of.write_text("[")
+    assert "is not what the demo wrote" in refused("demo", "--images", tmp_path / "elsewhere", *out)
+
+
+def test_an_output_that_cannot_be_written_is_told(refused, tmp_path):
+    (tmp_path / "file").touch()
+    assert "cannot write" in refused("demo", "--out", tmp_path / "file" / "out")
 
 
 def test_too_few_images_are_told(refused, tmp_path) -> None:

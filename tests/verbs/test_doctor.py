@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from mixar.__main__ import main
-from mixar.config import load_config
+from mixar.codecs import VAE
+from mixar.config import load_config, to_dict
 from mixar.data.manifest import FORMAT, MANIFEST, Manifest
 from mixar.verbs import doctor
 from mixar.verbs.doctor import Finding
+from mixar.weights import write_export
 from tests.home import end, start_ranks
 
 
@@ -126,14 +128,33 @@ def test_shards_are_held_against_the_config(tmp_path: Path) -> None:
     assert doctor.shards(cfg).status == "bad" and "damaged" in doctor.shards(cfg).text
 
 
+def test_weights_are_tried(tmp_path: Path) -> None:
+    small = ["vae.width=16", "vae.multipliers=[1,1,1,1,1]", "vae.blocks=1", "vae.latent_channels=4"]
+    vae, missing = tmp_path / "vae", tmp_path / "missing"
+    cfg = load_config(None, [*small, f"vae.weights={vae}", f"prior.weights={missing}"])
+    write_export(vae, "vae", to_dict(cfg.vae), VAE(cfg.vae).state_dict())
+    good, bad = doctor.weights(cfg)
+    assert good == ("ok", f"vae.weights={vae} can be loaded")
+    assert bad.status == "bad" and bad.text.startswith(f"prior.weights={missing}: no weights at {missing}")
+    (found,) = doctor.weights(load_config(None, [f"tokenizer.weights={vae}"]))
+    assert found.status == "bad" and "weights of kind 'vae', expected 'tokenizer'" in found.text
+
+
 def test_the_command_counts_what_is_bad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     write_manifest(tmp_path / "shards")
     overrides = [f"run_dir={tmp_path}/file/run", f"data.shards={tmp_path}/shards"]  # of 1000 classes by default
-    assert main(["doctor", *overrides]) == 2
+    nowhere = ["vae.weights=nowhere", "init_from=nowhere", "engine.deepspeed=nowhere"]
+    assert main(["doctor", *overrides, *nowhere]) == 2
     printed = capsys.readouterr()
-    assert printed.out.count("\nbad   ") == 2
-    assert "2 of " in printed.err and "write data.classes=2" in printed.out
+    assert printed.out.count("\nbad   ") == 5
+    assert "5 of " in printed.err and "write data.classes=2" in printed.out
+
+
+def test_the_cache_of_remote_shards_has_to_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    findings = doctor.examine(load_config(None, ["task=vae", f"data.cache={tmp_path}/file/cache"]))
+    assert [finding.text.split("=")[0] for finding in findings if finding.status == "bad"] == ["data.cache"]
 
 
 def test_one_config_at_most(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,10 @@
 """`mixar evaluate`, in the feature space of a small classifier of digits."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -129,6 +132,90 @@ def test_refusals(mixar, refused, run_dir, folder, classifier, tmp_path):
     assert "2 of 3" in refused("evaluate", "--samples", run_dir / "samples" / "0-3", *common)
 
 
+def test_everything_is_checked_before_the_reference_is_read(refused, run_dir, folder, classifier, tmp_path):
+    common = ("--reference", folder, "--extractor", classifier)
+    (tmp_path / "file").touch()
+    nowhere = tmp_path / "file" / "out.npz"
+    draw = ("evaluate", run_dir, "--count", 4, "--steps", 1)
+    assert "cannot write" in refused(*draw, *common, "--out", nowhere)
+    assert "cannot write" in refused("evaluate", *common, "--save-statistics", nowhere)
+    assert "which is a folder" in refused(*draw, *common, "--out", tmp_path)
+    assert "ending in .npz" in refused("evaluate", *common, "--save-statistics", tmp_path / "kept")
+    npz = tmp_path / "reference.npz"
+    np.savez(npz, np.zeros((6, 16, 16, 3), np.uint8))
+    itself = ("--reference", npz, "--extractor", classifier, "--save-statistics", tmp_path / "." / "reference.npz")
+    assert "is the reference itself" in refused("evaluate", *itself)
+    assert "no receipt of scores" in refused(*draw, *common, "--out", npz)
+    # a reference that does not fit what would be drawn: another extractor's statistics, too few images, another size
+    np.savez(tmp_path / "theirs.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    theirs = ("--reference", tmp_path / "theirs.npz", "--extractor", classifier)
+    assert "use one extractor for both" in refused(*draw, *theirs)
+    assert "16x16 images" in refused(*draw, *common, "--crop", 32)
+    assert "2 or more" in refused("evaluate", run_dir, "--count", 1, *common)
+    assert not (run_dir / "samples").exists() and not (run_dir / "eval").exists()
+    np.savez(tmp_path / "small.npz", np.zeros((6, 8, 8, 3), np.uint8))
+    assert "16x16 images" in refused("evaluate", "--samples", tmp_path / "small.npz", *common)
+
+
+def test_scores_are_told_in_any_locale_and_say_of_what(folder, classifier, tmp_path):
+    samples = tmp_path / "Ärger"
+    shutil.copytree(folder, samples)
+    command = [sys.executable, "-m", "mixar", "evaluate", "--samples", str(samples), "--reference", str(folder),
+               "--extractor", str(classifier)]  # fmt: skip
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, env=os.environ | plain)
+    assert done.returncode == 0, done.stderr
+    said = dict(line.split(None, 1) for line in done.stdout.decode("ascii").splitlines())
+    assert said["samples"].startswith(f"100 images, {tmp_path}") and said["samples"].endswith("rger")
+    assert said["reference"] == f"100 images, {folder}"
+    receipt = json.loads((tmp_path / "Ärger.eval.json").read_text())
+    assert said[receipt["distance"]["name"]] == f"{receipt['distance']['value']:.3f}"
+
+
+def test_scores_are_told_before_they_are_written(mixar, folder, classifier, small_disk):
+    (small_disk / "full").write_bytes(bytes(1 << 20))
+    with (small_disk / "full").open("ab", 0) as file, pytest.raises(OSError):
+        while True:
+            file.write(bytes(4096))
+    command = ("evaluate", "--samples", folder, "--reference", folder, "--extractor", classifier)
+    status, said, complaint = mixar(*command, "--out", small_disk / "receipt.json")
+    assert status == 2 and "No space left" in complaint and "FD-classifier:" in said
+
+
+def test_a_receipt_is_not_lost_to_other_scores(mixar, refused, folder, classifier, run_dir):
+    draw = ("evaluate", run_dir, "--count", 4, "--steps", 1, "--extractor", classifier)
+    assert mixar(*draw, "--reference", folder)[0] == mixar(*draw, "--reference", folder)[0] == 0
+    receipt = run_dir / "eval" / "0-4-steps-1.json"
+    before = receipt.read_text()
+    other = (*draw, "--reference", run_dir / "samples" / "0-4-steps-1")
+    assert "scores against another reference" in refused(*other)
+    assert mixar(*other, "--out", run_dir / "eval" / "other.json")[0] == 0
+    # a grid's own receipts lie beside it
+    assert "scores against another reference" in refused(*other[:4], *other[6:], "--grid", "steps=1")
+    (run_dir / "more").mkdir()
+    assert mixar(*other[:4], *other[6:], "--grid", "steps=1", "--out", run_dir / "more" / "grid.json")[0] == 0
+    assert (run_dir / "more" / "0-4-steps-1.json").exists() and receipt.read_text() == before
+
+
+def test_foreign_files_beside_samples(mixar, refused, run_dir, folder, classifier, tmp_path):
+    assert mixar("sample", run_dir, "--count", 4)[0] == mixar("sample", run_dir, "--count", 4, "--npz")[0] == 0
+    drawn = run_dir / "samples" / "0-4"
+    score = ("evaluate", "--reference", folder, "--extractor", classifier, "--samples")
+    (drawn / ".2-2.png.0.part").touch()  # of a kill
+    assert mixar(*score, drawn)[0] == 0
+    shutil.copy(drawn / "0-0.png", drawn / "holiday\x1b[2J.png")
+    said = refused(*score, drawn)
+    assert "did not draw there, such as holiday\\x1b[2J.png" in said
+    (drawn / "0-0.png").unlink()
+    assert "holiday" in refused(*score, drawn)
+    # another npz beside them has nothing to do with their record
+    np.savez(drawn / "others.npz", np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8))
+    assert mixar(*score, drawn / "others.npz")[0] == 0
+    assert json.loads((drawn / "others.npz.eval.json").read_text())["provenance"]["sampling"] is None
+    (drawn / "sampling.json").write_text('{"count": 4}')
+    assert "is not what `mixar sample` writes" in refused(*score, drawn)
+
+
 @pytest.fixture
 def grid(mixar, run_dir, folder, classifier):
     """`grid("steps=2,3", ...)` gives the JSON, the markdown and what was printed."""
@@ -223,6 +310,27 @@ def test_grid_goes_on_where_it_stopped(grid, run_dir):
     more, text, _ = grid("steps=3", flags=("--repeats", 2))
     assert more["rows"][:2] == again["rows"] and more["rows"][2]["repeats"] == 2
     assert len(text.strip().splitlines()) == 3
+
+
+def test_a_grid_is_of_weights_not_of_paths(mixar, grid, run_dir, folder, classifier, tmp_path):
+    found, text, _ = grid("steps=2")
+    file, copied = run_dir / "eval" / "0-6-grid.json", shutil.copytree(run_dir / "exports" / "7-ema", tmp_path / "copy")
+    (row,) = found["rows"]
+    old = {name: value for name, value in row["sampling"].items() if name != "solver"}  # a setting that came later
+    del found["latents"]
+    file.write_text(json.dumps(found | {"rows": [row | {"sampling": old}]}))
+    command = ("evaluate", copied, "--count", 6, "--reference", folder, "--extractor", classifier, "--grid", "steps=2")
+    status, said, complaint = mixar(*command, "--out", file)
+    assert status == 0 and text in said and "[1/1]" not in said, complaint
+    assert json.loads(file.read_text())["rows"] == [row]
+
+
+def test_equal_sets_have_a_grid(mixar, run_dir, classifier):
+    flags = ("--count", 4, "--steps", 1, "--extractor", classifier)
+    assert mixar("sample", run_dir, *flags[:4])[0] == 0
+    drawn = run_dir / "samples" / "0-4-steps-1"
+    status, said, _ = mixar("evaluate", run_dir, *flags[:2], *flags[4:], "--reference", drawn, "--grid", "steps=1")
+    assert status == 0 and "| 0.000" in said  # a distance that no logarithm takes
 
 
 def test_grid_refusals(mixar, refused, run_dir, folder, classifier, tmp_path, make_pipeline):

@@ -1,9 +1,12 @@
 """`mixar sample`: files, names, going on, other settings, refusals."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from PIL import Image
 
 from mixar.sampling import MixARPipeline
 from mixar.verbs.drawing import parse_labels
+from mixar.weights import read_export, write_export
 
 
 @pytest.fixture
@@ -77,6 +81,98 @@ def test_npz_holds_the_same_images(mixar, run_dir):
     assert all(np.array_equal(image, pixels(folder)[f"{i}-{labels[i]}.png"]) for i, image in enumerate(images))
 
 
+def program(*arguments):
+    """The command line of a process of its own."""
+    return [sys.executable, "-m", "mixar", *map(str, arguments)]
+
+
+def test_an_npz_goes_on_after_signals(refused, run_dir, tmp_path):
+    flags = ("--count", 12, "--batch", 2, "--npz", "--steps", 2)
+    folder = run_dir / "samples" / "0-12-steps-2"
+    command = program("sample", run_dir, *flags)
+    for number, awaited, status in ((signal.SIGKILL, "0.npy", -9), (signal.SIGTERM, "4.npy", 130)):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        while not (folder / ".samples" / awaited).exists():
+            assert process.poll() is None, "the sampling ended early"
+            time.sleep(0.001)
+        process.send_signal(number)
+        complaint = process.communicate()[1]
+        assert process.returncode == status and not (folder / "samples.npz").exists()
+    assert "mixar sample: interrupted; the same command goes on where it stopped" in complaint
+    kept = folder / ".samples" / "0.npy"
+    (folder / ".samples" / ".samples.npz.0.part").touch()  # as a kill while the npz is put together leaves it
+    before = kept.stat().st_mtime_ns
+    assert "samples of other sampling" in refused("sample", run_dir, *flags, "--guidance", 1, "--out", folder)
+    assert kept.stat().st_mtime_ns == before
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert sorted(os.listdir(folder)) == ["samples.npz", "sampling.json"]
+    whole = subprocess.run([*command, "--out", str(tmp_path / "whole")], capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr
+    assert (folder / "samples.npz").read_bytes() == (tmp_path / "whole" / "samples.npz").read_bytes()
+
+
+def test_weights_decide_not_paths(mixar, refused, run_dir, tmp_path, monkeypatch):
+    out = ("--count", 2, "--out", tmp_path / "out")
+    assert mixar("sample", run_dir, *out)[0] == 0
+    before = pixels(tmp_path / "out")
+    copied = shutil.copytree(run_dir / "exports" / "7-ema", tmp_path / "copy")
+    monkeypatch.chdir(tmp_path)
+    for spelling in ("./run/", "run/exports/7-ema", run_dir.absolute(), copied):
+        (tmp_path / "out" / "1-1.png").unlink()
+        assert mixar("sample", spelling, *out)[0] == 0
+    assert pixels(tmp_path / "out").keys() == before.keys()
+    # a record that was written before there were these fields and settings
+    record = json.loads((tmp_path / "out" / "sampling.json").read_text())
+    del record["latents"], record["sampling"]["solver"]
+    (tmp_path / "out" / "sampling.json").write_text(json.dumps(record))
+    assert mixar("sample", run_dir, *out)[0] == 0
+    # other weights under the same path, and another normalisation of the latents
+    about, state = read_export(copied, "mixar")
+    for change, other in (("weights", "weights"), ("latents", "latents")):
+        shutil.rmtree(run_dir / "exports" / "7-ema")
+        shutil.copytree(copied, run_dir / "exports" / "7-ema")
+        export = run_dir / "exports" / "7-ema"
+        (export / "model.safetensors").unlink()
+        name = next(iter(state))
+        changed = {**state, name: state[name] + 1} if change == "weights" else state
+        latents = about["latents"] | ({"mean": [0.5] * 4} if change == "latents" else {})
+        write_export(tmp_path / change, "mixar", about["config"], changed, sample=about["sample"], latents=latents)
+        for file in ("model.safetensors", "config.json"):
+            shutil.copy(tmp_path / change / file, export / file)
+        assert f"samples of other {other}:" in refused("sample", run_dir, *out)
+
+
+def test_images_of_others_are_left_alone(mixar, refused, run_dir, tmp_path):
+    for name in ("cat.png", "0-0.png"):
+        folder = tmp_path / name.split(".")[0]
+        folder.mkdir()
+        Image.new("RGB", (16, 16)).save(folder / name)
+        assert "nothing says how they were drawn" in refused("sample", run_dir, "--count", 1, "--out", folder)
+        assert os.listdir(folder) == [name]
+    assert mixar("sample", run_dir, "--count", 2)[0] == 0
+    folder = run_dir / "samples" / "0-2"
+    (folder / "0-0.png").write_bytes(b"no picture")
+    assert "is not as it was drawn" in refused("sample", run_dir, "--count", 2, "--grid")
+    for record in ("{", "[]", "{}", '{"sampling": {"seed": "x"}}'):
+        (folder / "sampling.json").write_text(record)
+        assert "sampling.json is not what" in refused("sample", run_dir, "--count", 2)
+
+
+def test_many_labels_make_a_short_name(mixar, run_dir):
+    labels = ",".join(["0", "1", "2"] * 50)
+    for first in (labels, labels.replace("0", "1")):
+        assert mixar("sample", run_dir, "--labels", first, "--count", 1, "--steps", 1)[0] == 0
+    names = sorted(path.name for path in (run_dir / "samples").iterdir())
+    assert len(names) == 2 and all(len(name) == 245 and name.startswith("0-1-labels-") for name in names)
+    assert mixar("sample", run_dir, "--labels", labels, "--count", 1, "--steps", 1)[0] == 0
+    assert sorted(path.name for path in (run_dir / "samples").iterdir()) == names
+
+
+def test_the_output_is_tried_before_weights_are_read(refused, tmp_path):
+    (tmp_path / "file").touch()
+    assert "cannot write" in refused("sample", tmp_path / "no-run", "--out", tmp_path / "file" / "deep")
+
+
 def test_an_export_stays_as_it_was(mixar, tmp_path, release):
     export = shutil.copytree(release, tmp_path / "tiny")
     before = sorted(export.rglob("*"))
@@ -113,6 +209,7 @@ def test_as_a_program(run_dir):
 )
 def test_refusals(refused, run_dir, flags, says):
     assert says in refused("sample", run_dir, *flags)
+    assert not (run_dir / "samples").exists()
     assert "samples of other" not in refused("sample", run_dir, "--steps", 0)
 
 

@@ -1,0 +1,40 @@
+"""The files that a run reads beside its images and shards."""
+
+import os
+
+from mixar.config.checks import get
+from mixar.config.knobs import Config
+from mixar.errors import UserError
+
+
+def check_inputs(config: Config) -> None:
+    """Refuse a run that would miss one of its files: the frozen networks, `init_from`, `engine.deepspeed`.
+
+    Whether they hold what they should is for those that read them to tell; this takes no time and no memory.
+
+    Raises:
+        UserError: all that are named and not there.
+    """
+    if missing := missing_inputs(config, needed_inputs(config)):
+        raise UserError("; ".join(missing))
+
+
+def needed_inputs(config: Config) -> list[str]:
+    """The keys that name files which training by `config` reads, at its start, for previews or for its export."""
+    codecs = {
+        "vae": [],
+        "tokenizer": [],
+        "prior": ["tokenizer.weights"],
+        "mixar": ["vae.weights"] + ["tokenizer.weights", "prior.weights"] * (config.model.guidance != "none"),
+    }
+    return [*codecs[config.task], "init_from", "engine.deepspeed"]
+
+
+def missing_inputs(config: Config, keys: list[str]) -> list[str]:
+    """A sentence for each of `keys` that names what is not there."""
+    named = {key: get(config, key) for key in keys}
+    return [
+        f"{key}={path} is not there: write {key}=<its path>"
+        for key, path in named.items()
+        if path is not None and not os.path.exists(path)
+    ]

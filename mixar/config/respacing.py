@@ -1,0 +1,46 @@
+"""Which of the training steps of the diffusion a shorter sampling keeps."""
+
+from mixar.errors import UserError
+
+STEPS = 1000  # of the diffusion's training
+
+
+def respaced_steps(spec: str, steps: int = STEPS) -> list[int]:
+    """The training steps that a respacing keeps, ascending.
+
+    Args:
+        spec: "K" for K evenly spaced, "a,b,c" for so many in equal sections of the schedule, "ddimK" for the one
+            integer stride that gives K.
+
+    Raises:
+        UserError: a spec that is none of these or asks for more steps than there are.
+    """
+    try:
+        if spec.startswith("ddim"):
+            count = int(spec[4:])
+            stride = next(s for s in range(1, steps) if len(range(0, steps, s)) == count)
+            return list(range(0, steps, stride))
+        sections = [int(part) for part in spec.split(",")]
+        if min(sections) < 1 or len(sections) > steps:
+            raise ValueError
+    except (ValueError, StopIteration):
+        raise UserError(
+            f"sample.diffusion_steps={spec} is no respacing of {steps} steps: "
+            "write a count such as 100, sections such as 10,5, or ddim50"
+        ) from None
+    kept: list[int] = []
+    start = 0
+    for i, count in enumerate(sections):
+        size = steps // len(sections) + (i < steps % len(sections))
+        if size < count:
+            raise UserError(
+                f"sample.diffusion_steps={spec}: a section of {size} steps cannot hold {count}; write {size} or fewer"
+                + (f", or sample.diffusion_start={STEPS - 1}" if steps < STEPS else "")
+            )
+        spacing = (size - 1) / (count - 1) if count > 1 else 1.0
+        offset = 0.0  # accumulated, as the reference does: the rounding below depends on it
+        for _ in range(count):
+            kept.append(start + round(offset))
+            offset += spacing
+        start += size
+    return sorted(set(kept))

@@ -1,0 +1,98 @@
+"""The frozen networks beside a training: opened at its start, and checked against the config and the shards."""
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mixar.codecs import VAE, Tokenizer, load_tokenizer, load_vae
+from mixar.config import Config
+from mixar.errors import UserError
+from mixar.prior import Prior, load_prior
+from mixar.weights import find_export, fingerprint
+
+# what a network's own config must share with the run's: images of another size are no matter to convolutions
+GEOMETRY = {
+    "vae": {"latent_channels": "latent channels", "levels": "levels"},
+    "tokenizer": {"bits": "bits a token", "levels": "levels"},
+    "prior": {"bits": "bits a token", "grid": "tokens along a side", "classes": "classes"},
+}
+
+
+class Frozen:
+    """The networks that `<kind>.weights` of a config name, each opened when it is first asked for, on the CPU.
+
+    Args:
+        made: the fingerprints of the VAE and the tokenizer that made the shards, by kind, as far as they are known.
+
+    Raises:
+        UserError: on asking for a network: no weights of it, of another geometry than the config's, or not those that
+            made the shards.
+    """
+
+    def __init__(self, cfg: Config, made: dict[str, Any]) -> None:
+        self.cfg, self.made = cfg, made
+        self.fingerprints: dict[str, str] = {}  # of those that are open
+
+    @cached_property
+    def vae(self) -> VAE:
+        return self._checked("vae", load_vae(self.cfg.vae, self.cfg.trust_pickle))
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return self._checked("tokenizer", load_tokenizer(self.cfg.tokenizer, self.cfg.trust_pickle))
+
+    @cached_property
+    def prior(self) -> Prior:
+        prior = self._checked("prior", load_prior(self.cfg.prior, self.cfg.trust_pickle))
+        learned = _description(self.cfg.prior.weights).get("tokenizer")
+        if learned is not None and learned != self.made.get("tokenizer", learned):
+            raise UserError(
+                f"prior.weights={self.cfg.prior.weights} was trained on the tokens of another tokenizer (fingerprint "
+                f"{learned}) than made the shards ({self.made['tokenizer']}): name one that was trained on these"
+            )
+        return prior
+
+    def missing(self, kinds: list[str]) -> list[str]:
+        """Those of `kinds` that the config names no weights of."""
+        return [kind for kind in kinds if getattr(self.cfg, kind).weights is None]
+
+    def open(self, kinds: list[str]) -> None:
+        """Open those of `kinds` that the config names weights of."""
+        for kind in kinds:
+            if getattr(self.cfg, kind).weights is not None:
+                getattr(self, kind)
+
+    def rest(self, kinds: list[str]) -> None:
+        """Bring them back to the CPU: a device's memory is the training's."""
+        for kind in kinds:
+            getattr(self, kind).to("cpu")
+
+    def _checked(self, kind: str, network: Any) -> Any:
+        section = getattr(self.cfg, kind)
+        for name, words in GEOMETRY[kind].items():
+            found, wanted = _measure(network.config, name), _measure(section, name)
+            if found != wanted:
+                raise UserError(
+                    f"{kind}.weights={section.weights} has {found} {words}, the config {wanted}: name weights of the "
+                    f"config's geometry, or write that of these weights into the config's section {kind}"
+                )
+        given = self.fingerprints[kind] = fingerprint(network.state_dict())
+        made = self.made.get(kind)
+        if made is not None and made != given:
+            raise UserError(
+                f"the shards were made with another {kind} (fingerprint {made}) than {kind}.weights={section.weights} "
+                f"(fingerprint {given}): name that one, or run `mixar prepare` with this one into another data.shards"
+            )
+        return network
+
+
+def _measure(config: Any, name: str) -> int:
+    return len(config.multipliers) if name == "levels" else getattr(config, name)
+
+
+def _description(weights: str | None) -> dict[str, Any]:
+    """What the config.json of an export says; nothing for a public checkpoint."""
+    if weights is None or not Path(weights).is_dir():
+        return {}
+    return json.loads((find_export(weights) / "config.json").read_text())

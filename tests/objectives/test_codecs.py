@@ -1,0 +1,63 @@
+"""The codecs' training: the same losses and gradients however a batch is divided into passes and over ranks."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from mixar.checkpoint import complete_checkpoints
+from tests.home import end, start_ranks
+
+WORKER = str(Path(__file__).parents[1] / "engine" / "worker.py")
+# two steps of 8 images; the entropies weigh as much as the reconstruction
+COMMON = ["train.batch=8", "train.epochs=0.25", "train.log_every=1", "train.checkpoint_every=0.125", "optim.lr=1e-3",
+          "optim.warmup_epochs=0", "tokenizer.entropy_weight=1", "ti_mix.enabled=false"]  # fmt: skip
+WHOLE = ("ddp", 1, 8)
+DIVIDED = [("ddp", 1, 4), ("ddp", 1, 2), ("ddp", 2, 4), ("ddp", 2, 2), ("fsdp", 2, 4), ("fsdp", 2, 2), ("zero2", 2, 2),
+           ("zero3", 2, 4), ("zero3", 2, 2)]  # fmt: skip
+TASKS = ("tokenizer", "vae")
+
+
+def folder(root: Path, task: str, engine: str, world: int, micro: int) -> Path:
+    return root / f"{task}-{engine}-{world}-{micro}"
+
+
+@pytest.fixture(scope="module")
+def runs(home, tmp_path_factory) -> Path:
+    """The folder of all runs, named by `folder`."""
+    root = tmp_path_factory.mktemp("codecs")
+    for ranks in (1, 2):
+        told = [
+            [f"task={task}", f"run_dir={folder(root, task, engine, world, micro)}", f"engine.name={engine}",
+             f"train.micro_batch={micro}", *COMMON]
+            for task in TASKS
+            for engine, world, micro in (WHOLE, *DIVIDED)
+            if world == ranks
+        ]  # fmt: skip
+        log = root / f"{ranks}.log"
+        processes = start_ranks([WORKER, str(home / "config.yaml"), json.dumps(told)], ranks, log=log)
+        assert end(processes, 400) == [0] * ranks, log.read_text()[-4000:]
+    return root
+
+
+def found(run: Path, tmp_path: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """What a run logged, and all of its first checkpoint, whose moments are the first step's gradients."""
+    dcp_to_torch_save(complete_checkpoints(run)[0], tmp_path / "whole.pt")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines], torch.load(tmp_path / "whole.pt")
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(("engine", "world", "micro"), DIVIDED)
+def test_a_divided_batch_is_the_whole_one(runs, tmp_path, task, engine, world, micro) -> None:
+    whole, expected = found(folder(runs, task, *WHOLE), tmp_path)
+    divided, state = found(folder(runs, task, engine, world, micro), tmp_path)
+    for name in ("loss", "reconstruction", *(["avg_entropy", "per_sample_entropy"] if task == "tokenizer" else ["kl"])):
+        assert divided[0][name] == pytest.approx(whole[0][name], rel=1e-5), name
+        assert divided[1][name] == pytest.approx(whole[1][name], rel=1e-3), name
+    assert divided[0]["grad_norm"] == pytest.approx(whole[0]["grad_norm"], rel=1e-4)
+    names = [name for name in expected if name.startswith("exp_avg.")]
+    size = sum(expected[name].square().sum() for name in names).sqrt()
+    assert sum((state[name] - expected[name]).square().sum() for name in names).sqrt() < 1e-4 * size
