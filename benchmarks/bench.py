@@ -22,7 +22,6 @@ from reference import MAR, Training
 from streaming import MDSWriter
 
 from mixar import draws
-from mixar.checkpoint import environment
 from mixar.config import (
     GUIDANCES,
     PRESETS,
@@ -39,6 +38,7 @@ from mixar.data.parts import HASH
 from mixar.dist import Place, find
 from mixar.draws import Stream
 from mixar.engine import build_engine
+from mixar.environment import environment
 from mixar.mixing import Masking, masked_counts
 from mixar.model import MixAR, init_weights, initial_value, pack_linears
 from mixar.objectives.base import mean_of

@@ -6,22 +6,16 @@ config.yaml env.json log.txt metrics.jsonl tb/ replay/ checkpoints/<images>/ exp
 import errno
 import fcntl
 import json
-import platform
 import shlex
 import shutil
-import socket
-import sys
 import uuid
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-import torch
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -30,6 +24,7 @@ from mixar.config import Config, load_config, to_dict, to_yaml
 from mixar.dist import Place
 from mixar.engine import Engine
 from mixar.engine.slices import Slice, load_slices, save_slices
+from mixar.environment import environment
 from mixar.errors import PassingError, UserError
 from mixar.metrics import log, start_log
 
@@ -330,31 +325,6 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return " ".join(str(error).split())[:200]
-
-
-def environment() -> dict[str, Any]:
-    """Versions, machine and command line of this process."""
-    packages = [
-        "mixar",
-        "torch",
-        "torchvision",
-        "deepspeed",
-        "mosaicml-streaming",
-        "numpy",
-        "omegaconf",
-        "torch-fidelity",
-    ]
-    return {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "host": socket.gethostname(),
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "packages": {name: metadata.version(name) for name in packages},
-    }
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:

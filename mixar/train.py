@@ -9,6 +9,7 @@ from pathlib import Path
 if not __package__:
     # started as a file, python looks for packages in this folder, where `mixar` is not; look beside it instead
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    import mixar  # noqa: F401 - before torch, whose OpenMP reads what this sets
 
 import argparse
 import errno
@@ -19,9 +20,9 @@ from typing import Any
 import torch
 
 from mixar import dist
-from mixar.checkpoint import RunDirectory
+from mixar.checkpoint import RunDirectory, complete_checkpoints
 from mixar.codecs import LatentNorm
-from mixar.config import Config, images_a_pass, load_config, to_yaml
+from mixar.config import Config, check_inputs, images_a_pass, load_config, to_yaml
 from mixar.data.batch import Source
 from mixar.data.images import ImageSource, training_images
 from mixar.data.loader import ShardSource
@@ -45,7 +46,9 @@ def train(cfg: Config) -> Path:
         UserError: what the user can mend.
         Stopped: a signal ended it, after a checkpoint.
     """
-    images_a_pass(cfg, dist.find().world)  # what cannot be divided is told before anything is written
+    # what cannot be divided, and what is not there, is told before anything is written
+    images_a_pass(cfg, dist.find().world)
+    check_inputs(cfg, resumes=bool(complete_checkpoints(Path(cfg.run_dir))))
     kernels = load_kernels(cfg)
     run: RunDirectory | None = None
     try:
@@ -197,6 +200,7 @@ def run(args: argparse.Namespace) -> None:
         if dist.find().is_main:
             cfg = load_config(args.config, overrides)
             print(to_yaml(cfg) + render(make_plan(cfg)))
+            check_inputs(cfg, resumes=bool(complete_checkpoints(Path(cfg.run_dir))))
         return
     try:
         train(load_config(args.config, overrides))

@@ -1,7 +1,11 @@
 """A whole model with random weights, small enough to sample from in a blink."""
 
+import os
+import shutil
 import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,6 +58,32 @@ def release(make_pipeline, tmp_path_factory):
 def home(tmp_path_factory):
     """The root of a small training set with its config; nobody changes what is in it."""
     return make_home(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory) -> Path:
+    """A folder that holds mixar as `pip install` leaves it, from a wheel: put it on PYTHONPATH, outside of a clone."""
+    root = Path(__file__).parents[1]
+    source, wheels, site = (tmp_path_factory.mktemp(name) for name in ("source", "wheels", "site"))
+    for name in ("mixar", "configs", "csrc"):
+        shutil.copytree(root / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(root / name, source)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", wheels, source], check=True)
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", site, *wheels.glob("*.whl")], check=True)
+    return site
+
+
+@pytest.fixture(scope="session")
+def demo(installed, tmp_path_factory) -> tuple[Path, str]:
+    """A folder that is no clone, in which the wheel's `mixar demo --short` has left runs/demo; what it printed."""
+    folder = tmp_path_factory.mktemp("outside")
+    command = [sys.executable, "-m", "mixar", "demo", "--short", "--out", "runs/demo"]
+    env = os.environ | {"PYTHONPATH": str(installed)}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder, done.stdout
 
 
 @pytest.fixture

@@ -304,10 +304,11 @@ def test_what_a_run_will_read_is_looked_for(tmp_path: Path) -> None:
     weights = [f"{name}.weights={tmp_path}/{name}" for name in ("vae", "tokenizer", "prior")]
     others = [f"init_from={tmp_path}/init", f"engine.deepspeed={tmp_path}/ds.json"]
     with pytest.raises(UserError) as error:
-        check_inputs(load_config(None, weights + others))
+        check_inputs(load_config(None, weights + others), resumes=False)
     assert all(text in str(error.value) for text in weights + others)
-    check_inputs(load_config(None, ["model.guidance=none", *weights[1:]]))  # without guidance neither is read
-    check_inputs(load_config(None, ["task=vae", *weights]))
+    # without guidance neither is read
+    check_inputs(load_config(None, ["model.guidance=none", *weights[1:]]), resumes=False)
+    check_inputs(load_config(None, ["task=vae", *weights]), resumes=False)
     (tmp_path / "prior").mkdir()
     with pytest.raises(UserError, match=r"^tokenizer.weights=\S+ is not there: write tokenizer.weights=<its path>$"):
         check_inputs(load_config(None, weights[1:]))

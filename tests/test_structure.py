@@ -13,8 +13,9 @@ import mixar
 
 ROOT = Path(mixar.__file__).parent
 FLOORS = (
-    "errors draws ops signals",
-    "files",
+    "errors draws environment signals",
+    "resources",
+    "ops files",
     "config weights dist",
     "codecs prior mixing",
     "model",

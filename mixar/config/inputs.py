@@ -7,15 +7,19 @@ from mixar.config.knobs import Config
 from mixar.errors import UserError
 
 
-def check_inputs(config: Config) -> None:
+def check_inputs(config: Config, resumes: bool) -> None:
     """Refuse a run that would miss one of its files: the frozen networks, `init_from`, `engine.deepspeed`.
 
     Whether they hold what they should is for those that read them to tell; this takes no time and no memory.
 
+    Args:
+        resumes: it goes on from a checkpoint, and needs no first weights.
+
     Raises:
         UserError: all that are named and not there.
     """
-    if missing := missing_inputs(config, needed_inputs(config)):
+    keys = [key for key in needed_inputs(config) if not (resumes and key == "init_from")]
+    if missing := missing_inputs(config, keys):
         raise UserError("; ".join(missing))
 
 

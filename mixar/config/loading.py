@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mixar.config.checks import get, validate
 from mixar.config.knobs import Config
 from mixar.errors import UserError, did_you_mean
+from mixar.resources import find_config
 
 Section = TypeVar("Section")
 
@@ -84,19 +85,14 @@ def _defaults() -> Any:
     return OmegaConf.structured(Config)  # takes longer than all that follows
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def _read_yaml(path: str | Path) -> dict[str, Any]:
     try:
+        file = find_config(path)
         text = file.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        known = sorted(str(p) for p in file.parent.glob("*.yaml"))
-        hint = did_you_mean(str(file), known) or f" There: {', '.join(known) or 'none'}"
-        raise UserError(f"no config file at {file}.{hint}") from None
-    except IsADirectoryError:
-        raise UserError(f"{file} is a folder: name a yaml file, such as {file / 'config.yaml'}") from None
     except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}): name a yaml file") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}): name a yaml file") from None
     except UnicodeDecodeError:
-        raise UserError(f"{file} is no text in UTF-8: name a yaml file, or save it in UTF-8") from None
+        raise UserError(f"{path} is no text in UTF-8: name a yaml file, or save it in UTF-8") from None
     try:
         values = OmegaConf.to_container(OmegaConf.create(text))
     except Exception as error:  # of yaml, of omegaconf, and what their own code runs into

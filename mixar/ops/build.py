@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-SOURCES = Path(__file__).resolve().parents[2] / "csrc"
+from mixar.resources import SOURCES
+
 DEVICES = ("cpu", "cuda")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # 2.10, the oldest torch that a library must run with
@@ -45,7 +46,7 @@ def library(device: str) -> Path:
     """
     compilers = ["g++", "nvcc"] if device == "cuda" else ["g++"]
     if not SOURCES.is_dir():
-        raise BuildError("this installation has no csrc/: install from a clone with pip install -e .")
+        raise BuildError("this installation has no csrc/: install mixar anew")
     if missing := [name for name in compilers if shutil.which(name) is None]:
         raise BuildError(f"no {' and no '.join(missing)} on the PATH")
     told = [torch.__version__, *(text for step in _steps(device, Path("out")) for text in step)]

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixar import dist
-from mixar.checkpoint import environment
+from mixar import dist, resources
 from mixar.codecs import load_tokenizer, load_vae
 from mixar.config import Config, load_config, to_dict
 from mixar.data.images import ImageSet, ImageSource, open_images, split, training_images
 from mixar.data.shards import prepare
+from mixar.environment import environment
 from mixar.errors import UserError
 from mixar.evaluation import evaluate
 from mixar.evaluation.classifier import save_classifier, train_classifier
@@ -39,7 +39,7 @@ from mixar.train import train
 from mixar.verbs.process import check_writable, interruptible
 from mixar.verbs.report import draw_report
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "demo"
+CONFIGS = resources.CONFIGS / "demo"
 DIGITS = 4500  # training images of the built-in set, which the configs' epochs are meant for
 COLUMNS = 20  # of the picture
 MADE_OF = "made_of.json"  # what the folder's models are of

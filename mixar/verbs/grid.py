@@ -16,8 +16,8 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from mixar.checkpoint import environment
 from mixar.config import PRESETS, SampleConfig, to_dict
+from mixar.environment import environment
 from mixar.errors import UserError, did_you_mean
 from mixar.files import replacing, write_json, write_text
 from mixar.verbs.drawing import AXES, Drawing, differences, naming, parse_setting, place

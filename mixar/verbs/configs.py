@@ -1,0 +1,37 @@
+"""The configs that travel with mixar. Each is one complete run, and its name does where a file would.
+
+    mixar configs                          their names, and what they are
+    mixar configs mixar_l                  the file itself
+    mixar configs mixar_l --copy DIR       a copy to change; without a name, copies of all
+
+A copy never replaces a file.
+"""
+
+import argparse
+from pathlib import Path
+
+from mixar.errors import UserError
+from mixar.files import write_text
+from mixar.resources import CONFIGS, config_names
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", choices=config_names(), metavar="NAME", help="such as mixar_l or demo/mixar")
+    parser.add_argument("--copy", type=Path, metavar="DIR", help="write copies into this folder")
+
+
+def run(args: argparse.Namespace) -> None:
+    names = [args.name] if args.name else config_names()
+    texts = {name: (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8") for name in names}
+    if args.copy:
+        for name in names:
+            if (there := args.copy / f"{name}.yaml").exists():
+                raise UserError(f"{there} exists and is never replaced: remove it, or name another folder")
+        for name, text in texts.items():
+            write_text(args.copy / f"{name}.yaml", text)
+        print(f"{len(names)} in {args.copy}: train one with mixar train {args.copy / names[0]}.yaml")
+    elif args.name:
+        print(texts[args.name], end="")
+    else:
+        for name, text in texts.items():
+            print(f"{name:<{max(map(len, names))}}  {text.partition(chr(10))[0].removeprefix('# ')}")

@@ -1,0 +1,210 @@
+"""Commands as a reader meets them, in the README, in --help and in what verbs say next: every one is tried."""
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mixar.__main__ import VERBS, verb_parser
+from mixar.config import load_config
+from mixar.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PROGRAM = r"(?:\.venv/bin/)?mixar \w|make \w|python -m \w|torchrun |deepspeed |sbatch |slurm/\w+\.sh "
+
+# Every command of the README stands in one of these three. Run as printed, after `mixar demo`, with the words that keep
+# it short:
+RUN = {
+    "mixar train CONFIG --dry-run": "",
+    "mixar plan CONFIG --gpus 32 --gpu h100": "train.batch=512",  # the demo's own is too small for 32
+    "mixar sample RUN --labels 3,7 --count 16 --steps 64 --guidance 3 --seed 0 --grid": "",
+    "mixar export RUN --out FOLDER": "",
+    "mixar doctor CONFIG": "",
+    "mixar evaluate runs/demo/mixar --reference digits --crop 32 --extractor runs/demo/classifier --count 2000 "
+    "--batch 250 --solver dpm --order checkerboard --diffusion-start 970 --grid steps=2,4,8 diffusion_steps=4,8,16 "
+    "prior_steps=4,8,12": "--count 20 --batch 20 --grid steps=2 diffusion_steps=4 prior_steps=4",
+    "mixar doctor configs/mixar_l.yaml": "",
+    "mixar doctor": "",
+}
+# Read by the verb's own parser, and its config loaded: they take ImageNet, GPUs, a cluster or hours.
+PARSED = (
+    ".venv/bin/mixar demo --images DIR",
+    ".venv/bin/mixar demo --compare",
+    "mixar demo --compare",
+    "mixar train CONFIG [key=value ...]",
+    "mixar prepare CONFIG data.images=DIR",
+    "mixar sample RUN --count 50000 --npz --preset fast --compile",
+    "mixar evaluate RUN --count 50000 --reference data/imagenet/val --crop 256 --extractor inception",
+    "mixar evaluate RUN --reference data/imagenet/val --crop 256 --grid steps=8,64 guidance=2,3",
+    "torchrun --nproc_per_node=8 mixar/train.py configs/mixar_l.yaml",
+    "deepspeed --num_gpus 8 mixar/train.py configs/mixar_l.yaml",
+    "deepspeed --num_gpus 2 mixar/train.py configs/demo/mixar.yaml",  # .ci/run runs it
+    "mixar prepare configs/mixar_l.yaml data.images=/data/imagenet/train",
+    "mixar prepare configs/mixar_l.yaml --verify",
+    "mixar train configs/mixar_l.yaml",
+    "mixar evaluate runs/mixar_l --count 50000 --reference /data/imagenet/train --crop 256 --extractor inception",
+    "sbatch slurm/prepare.sh data.images=/data/imagenet/train",
+    "sbatch slurm/train_l.sh",
+    "sbatch --nodes=4 --time=48:00:00 slurm/train_l.sh configs/ti_mix_l.yaml train.epochs=800",
+    "sbatch slurm/sample.sh runs/mixar_l --count 50000 --npz",
+    "sbatch slurm/evaluate.sh runs/mixar_l --reference /data/imagenet/train --crop 256",
+    "slurm/pipeline.sh l data.images=/data/imagenet/train -- --reference /data/imagenet/train --crop 256",
+)
+# Run elsewhere.
+ELSEWHERE = {
+    "make demo": ".ci/run, in its short form",
+    "make test": ".ci/run",
+    "make bench": "tests/test_benchmarks.py",
+    "python -m tests.chaos --kills 20": ".ci/run",
+    "python -m mixar.ops.build [cpu] [cuda]": "tests/test_package.py",
+}
+
+
+def commands(markdown: str) -> Iterator[str]:
+    """Those in code blocks, without what is told beside them, and those in backticks that say more than a verb."""
+    fenced = False
+    for line in re.sub(r"\\\n *", "", markdown).splitlines():
+        fenced ^= line.startswith("```")
+        spans = [line.removeprefix("$ ")] if fenced else [s for s in re.findall(r"`([^`]+)`", line) if s.count(" ") > 1]
+        spans += [s for s in re.findall(r"`(make \w+)`", line) if not fenced]
+        yield from (bare(span) for span in spans if re.match(PROGRAM, span))
+
+
+def bare(line: str) -> str:
+    """A line's command alone: what is told beside it is set off by spaces, and so are arguments under each other."""
+    verb = re.match(r"(?:\S*mixar \w+ {1,3}(?=\S))?", line)
+    assert verb is not None
+    return f"{' '.join(verb[0].split())} {re.split('  +', line[verb.end():])[0]}".strip()
+
+
+def parse(command: str) -> None:
+    """Let the verb's own parser read a command, and load its config.
+
+    Raises:
+        SystemExit, UserError: they cannot be read.
+    """
+    words = [word.strip("[]") for word in shlex.split(fill(command)) if word != "...]"]
+    if words[0] == "slurm/pipeline.sh":
+        split = words.index("--")
+        read("train", [f"configs/mixar_{words[1]}.yaml", *words[2:split]])
+        read("evaluate", ["RUN", *words[split + 1 :]])
+    elif words[0] == "sbatch":
+        script = next(i for i, word in enumerate(words) if word.startswith("slurm/"))
+        text, given = (ROOT / words[script]).read_text(), words[script + 1 :]
+        default = re.search(r"set -- (configs/\S+)", text)
+        called = re.search(r"-m mixar[. ](\w+)", text)
+        assert called is not None
+        read(called[1], [default[1], *given] if default and ".yaml" not in "".join(given[:1]) else given)
+    else:
+        name = next(i for i, word in enumerate(words) if re.search(r"mixar$|mixar/train\.py$", word))
+        if words[name].endswith("train.py"):
+            words.insert(name + 1, "train")
+        read(words[name + 1], words[name + 2 :])
+
+
+def read(verb: str, arguments: list[str]) -> argparse.Namespace:
+    args = verb_parser(verb).parse_intermixed_args(arguments)
+    if hasattr(args, "config"):
+        load_config(ROOT / args.config if args.config.endswith(".yaml") else args.config, args.overrides)
+    return args
+
+
+def fill(command: str) -> str:
+    """A command with examples in the places of its CAPITALS."""
+    places = {
+        "CONFIG": "demo/mixar", "RUN": "runs/demo/mixar", "FOLDER": "release", "key=value": "train.batch=64",
+        "<images or statistics>": "digits",
+    }  # fmt: skip
+    for place, example in places.items():
+        command = command.replace(place, example)
+    return command
+
+
+def test_every_command_of_the_readme_is_listed() -> None:
+    assert set(commands(README)) == {*RUN, *PARSED, *ELSEWHERE}
+    assert [name for name in commands(README) if name in RUN] == [*RUN]  # in a reader's order
+
+
+@pytest.mark.parametrize("command", [*PARSED, *RUN])
+def test_commands_can_be_read(command: str) -> None:
+    parse(command)
+
+
+def test_a_command_that_cannot_be_read_is_seen() -> None:
+    for wrong in ("mixar sample RUN --cout 3", "sbatch slurm/train_l.sh train.batc=3", "mixar plan nowhere.yaml"):
+        with pytest.raises((SystemExit, UserError)):
+            parse(wrong)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+def test_commands_of_the_docs_can_be_read(path: Path) -> None:
+    for command in commands(path.read_text()):
+        parse(command)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_commands_of_the_help_can_be_read(verb: str) -> None:
+    text = verb_parser(verb).description or ""
+    found = re.findall(r"^ *((?:srun \S+ |python )?mixar(?: |/train\.py).*)$", text, re.M)
+    assert found
+    for line in found:
+        parse(re.split("  +", line)[0])
+
+
+def test_commands_that_verbs_name_are_there() -> None:
+    """In messages and docstrings: the verb, and its flags."""
+    sources = [*(ROOT / "mixar").rglob("*.py"), *(ROOT / "slurm").iterdir()]
+    text = "\n".join(path.read_text() for path in sources)
+    named = re.findall(r"`mixar (\w+)([^`\n\"]*)", text)
+    named += [found for found in re.findall(r"(?<!`)mixar (\w+)([^`\n\"]*)", text) if found[0] in VERBS]
+    assert len(named) > 40
+    for verb, rest in named:
+        if verb != "VERB":
+            known = verb_parser(verb)._option_string_actions
+            assert [flag for flag in re.findall(r"(?<=\s)--[a-z][\w-]*", rest) if flag not in known] == []
+
+
+@pytest.fixture(scope="module")
+def clone(demo: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone in which `mixar demo` has run."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("mixar", "configs", "csrc"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(demo[0] / "runs", folder / "runs")
+    return folder
+
+
+def succeed(clone: Path, *arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=clone, env=os.environ | {"PYTHONPATH": str(clone)}, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("command", RUN)
+def test_commands_run(clone: Path, command: str) -> None:
+    succeed(clone, "-m", *shlex.split(f"{fill(command)} {RUN[command]}"))
+
+
+def test_the_programs_run(clone: Path) -> None:
+    programs = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+    assert programs
+    for program in programs:
+        succeed(clone, "-c", program)
+
+
+def test_what_the_demo_names_next_runs(demo: tuple[Path, str], clone: Path) -> None:
+    lines = demo[1].partition("Go on:\n")[2].splitlines()
+    assert [" ".join(line.split()[:2]) for line in lines] == ["mixar sample", "mixar train", "tensorboard --logdir"]
+    for line in lines[:2]:
+        succeed(clone, "-m", *shlex.split(line))
+    assert list((clone / lines[2].split()[2]).glob("*/tb/events*"))
