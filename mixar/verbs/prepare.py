@@ -26,7 +26,7 @@ from mixar.data.pre_draw import check_pre_draw, predraw
 from mixar.data.shards import planned_manifest, prepare, verify
 from mixar.data.survey import survey
 from mixar.errors import UserError
-from mixar.prior import load_prior
+from mixar.objectives.frozen import Frozen
 from mixar.signals import STOPPING
 
 
@@ -74,17 +74,16 @@ def run(args: argparse.Namespace) -> None:
     folder = local_folder(cfg.data.shards)
     with interruptible():
         if args.verify:
-            read_manifest(cfg.data.shards)  # there is something to look at
             show(cfg, folder / "verify.png")
         else:
             make(cfg, args.pre_draw, args.rank, args.world)
 
 
 def show(cfg: Config, out: Path) -> None:
-    """Decode some of the finished shards of `cfg` to a PNG at `out`."""
-    vae, tokenizer = load_vae(cfg.vae, cfg.trust_pickle), load_tokenizer(cfg.tokenizer, cfg.trust_pickle)
-    device = dist.find().device
-    verify(cfg.data.shards, vae.to(device), tokenizer.to(device), out)
+    """Decode some of the finished shards of `cfg` to a PNG at `out`, by the codecs that made them."""
+    manifest, device = read_manifest(cfg.data.shards), dist.find().device
+    frozen = Frozen(cfg, {"vae": manifest.vae, "tokenizer": manifest.tokenizer})
+    verify(cfg.data.shards, frozen.vae.to(device), frozen.tokenizer.to(device), out)
     print(out)
 
 
@@ -92,11 +91,12 @@ def make(cfg: Config, pre_draw: bool, rank: int, world: int) -> None:
     """Make the shards of `cfg`, and pre-drawn tokens beside them; all that they need is opened first."""
     images, device = training_images(cfg.data), dist.find().device
     vae, tokenizer = load_vae(cfg.vae, cfg.trust_pickle), load_tokenizer(cfg.tokenizer, cfg.trust_pickle)
-    prior = load_prior(cfg.prior, cfg.trust_pickle) if pre_draw else None
-    if prior is not None:
-        check_pre_draw(cfg, prior, planned_manifest(cfg, images, vae, tokenizer))
+    if pre_draw:
+        planned = planned_manifest(cfg, images, vae, tokenizer)
+        prior = Frozen(cfg, {"tokenizer": planned.tokenizer}).prior
+        check_pre_draw(cfg, prior, planned)
     manifest = prepare(cfg, images, vae, tokenizer, device, rank, world)
-    if prior is not None:
+    if pre_draw:
         predraw(cfg, prior, device, rank, world)
     skipped = f", {len(manifest.broken)} broken ones skipped" if manifest.broken else ""
     if manifest.skipped:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from streaming import LocalDataset
 
 from mixar.verbs.prepare import slurm_share
@@ -64,8 +66,18 @@ def test_what_is_wrong_is_told_before_codecs_are_read(refused, home, tmp_path) -
     given = ("prepare", config, "--pre-draw", f"data.shards={tmp_path}/x")
     assert "/none" in refused(*given, "prior.weights=/none")
     assert "write ti_mix.variants=4" in refused(*given, "ti_mix.variants=3")
-    assert "write data.classes=2" in refused(*given, "data.classes=3")
+    assert "has 2 classes, the config 3" in refused(*given, "data.classes=3")
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_shards_are_verified_by_the_codecs_that_made_them(refused, mixar, home, tmp_path) -> None:
+    shutil.copytree(home / "shards", tmp_path / "shards")
+    config, ours = home / "config.yaml", f"data.shards={tmp_path}/shards"
+    assert mixar("prepare", config, "--verify", ours)[0] == 0 and (tmp_path / "shards/verify.png").exists()
+    shutil.copytree(home / "vae", tmp_path / "vae")
+    state = load_file(home / "vae/model.safetensors")
+    save_file({name: value + 1 for name, value in state.items()}, tmp_path / "vae/model.safetensors")
+    assert "another vae" in refused("prepare", config, "--verify", ours, f"vae.weights={tmp_path}/vae")
 
 
 def test_signals_to_all_of_its_processes_end_it_cleanly(home, tmp_path) -> None:
