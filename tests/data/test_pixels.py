@@ -95,7 +95,7 @@ def test_what_is_transparent_lies_on_white(tmp_path):
 
 def test_forged_files_are_broken_images(tmp_path):
     forged = {
-        "type.tif": tiff(8, (2, 2), bytes(4), kind_of_offset=10),  # a TypeError in Pillow
+        "type.tif": tiff(8, (4, 2), bytes(range(1, 9)), kind_of_offset=10),  # a TypeError in Pillow
         "huge.ppm": b"P6 60000 60000 255\n" + bytes(100),
         "script.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n",  # Pillow would run ghostscript
         "empty.gif": b"",
