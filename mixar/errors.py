@@ -15,6 +15,9 @@ class UserError(Exception):
     status = 2
     elsewhere = False  # whether another process tells of it
 
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
 
 class PassingError(UserError):
     """What may be over when the same command is started again, such as a lost connection: job scripts do start it."""
@@ -39,3 +42,8 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the known name closest to `given`, or the empty string when none is close."""
     close = difflib.get_close_matches(given, list(known), n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def printable(text: str) -> str:
+    """`text` with control characters, and what is no character at all, written as escapes: names may hold anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

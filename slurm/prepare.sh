@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Images to shards, shared by the elements of an array:  sbatch [OPTION ...] slurm/prepare.sh [CONFIG] [key=value ...]
+# An element that is done with its share takes what is missing and nobody is writing; one sent again alone, with --array=3, does the same.
 #SBATCH --job-name=prepare
 #SBATCH --array=0-7
 #SBATCH --nodes=1

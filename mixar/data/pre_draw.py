@@ -12,8 +12,8 @@ from streaming import LocalDataset
 
 from mixar import draws
 from mixar.config import Config
-from mixar.data.manifest import check_manifest, read_manifest
-from mixar.data.parts import Parts
+from mixar.data.manifest import Manifest, check_manifest, read_manifest
+from mixar.data.parts import SIZE, Parts, Row
 from mixar.data.shards import code_dtype
 from mixar.draws import Stream
 from mixar.errors import UserError
@@ -35,30 +35,19 @@ def predraw(
     rank: int = 0,
     world: int = 1,
     progress: bool = True,
-    part_size: int = 16384,
-) -> bool:
+    part_size: int = SIZE,
+) -> None:
     """Draw `ti_mix.variants` pairs of a mask and x̂_d (Eqs. 10-11) for every image of `cfg.data.shards`.
 
     A row holds `order` [V, N], `count` [V], of which the first are masked, and `drawn` [V, N]. With `data.flip`, odd
     variants are of the mirrored image. Every draw is keyed by its row and variant. Ranks and resumption: as `prepare`.
 
-    Returns:
-        Whether the set is complete; False on a rank that finishes while parts of others are missing.
-
     Raises:
-        UserError: shards that are missing, do not fit the config, or cannot be written; an odd number of variants
-            where both flips need some.
+        UserError: shards that are missing or cannot be written; what `check_pre_draw` refuses.
+        PassingError: as `prepare`.
     """
-    settings = cfg.ti_mix
-    if cfg.data.flip and settings.variants % 2:
-        raise UserError(f"ti_mix.variants={settings.variants} leaves the flips unequal shares: "
-                        f"write ti_mix.variants={settings.variants + 1}, or data.flip=false")
-    manifest = read_manifest(cfg.data.shards)
-    check_manifest(manifest, cfg)
-    known = {"bits": prior.config.bits, "grid": prior.config.grid, "classes": prior.config.classes}
-    found = {"bits": manifest.code_bits, "grid": manifest.code_grid, "classes": len(manifest.classes)}
-    if known != found:
-        raise UserError(f"the prior is for {known}, the shards have {found}: write prior.weights=<a prior for these>")
+    settings, manifest = cfg.ti_mix, read_manifest(cfg.data.shards)
+    check_pre_draw(cfg, prior, manifest)
     recipe = {
         "tokenizer": manifest.tokenizer,
         "prior": fingerprint(prior.state_dict()),
@@ -76,16 +65,36 @@ def predraw(
         "count": f"ndarray:int32:{settings.variants}",
         "drawn": f"ndarray:{code_dtype(manifest.code_bits)}:{shape}",
     }
-    rows_of = partial(_rows, cfg, prior.to(device), LocalDataset(cfg.data.shards))
-    parts.write(parts.todo(rank, world), columns, rows_of, progress and rank == 0)
-    if parts.close() is None:
-        return False
+    rows = partial(_rows, cfg, prior.to(device), LocalDataset(cfg.data.shards))
+
+    def rows_of(ranges: Iterator[range]) -> Iterator[tuple[range, Iterator[Row], dict[str, Any]]]:
+        for places in ranges:
+            yield places, rows(places), {}
+
+    parts.write(rank, world, columns, rows_of, progress and rank == 0)
+    parts.close()
     write_json(parts.folder / RECIPE, parts.recipe)
-    return True
+
+
+def check_pre_draw(cfg: Config, prior: Prior, manifest: Manifest) -> None:
+    """Refuse shards, made or to be made, for which `prior` cannot draw.
+
+    Raises:
+        UserError: shards that do not fit the config or the prior; an odd number of variants where both flips need some.
+    """
+    variants = cfg.ti_mix.variants
+    if cfg.data.flip and variants % 2:
+        raise UserError(f"ti_mix.variants={variants} leaves the flips unequal shares: "
+                        f"write ti_mix.variants={variants + 1}, or data.flip=false")
+    check_manifest(manifest, cfg)
+    known = {"bits": prior.config.bits, "grid": prior.config.grid, "classes": prior.config.classes}
+    found = {"bits": manifest.code_bits, "grid": manifest.code_grid, "classes": len(manifest.classes)}
+    if known != found:
+        raise UserError(f"the prior is for {known}, the shards have {found}: write prior.weights=<a prior for these>")
 
 
 @torch.inference_mode()
-def _rows(cfg: Config, prior: Prior, dataset: LocalDataset, places: range, _: dict) -> Iterator[dict[str, Any]]:
+def _rows(cfg: Config, prior: Prior, dataset: LocalDataset, places: range) -> Iterator[Row]:
     """The rows at `places`; the key of variant v of row i is i V + v."""
     variants, n, device = cfg.ti_mix.variants, prior.config.grid**2, next(prior.parameters()).device
     dtype = code_dtype(prior.config.bits)

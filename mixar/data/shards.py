@@ -1,8 +1,12 @@
 """Images to shards: latent moments and discrete tokens of both flips, written once so that training runs no codec."""
 
 import hashlib
+import signal
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice, tee
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +25,14 @@ from mixar.codecs import VAE, Tokenizer, posterior
 from mixar.config import Config
 from mixar.data.images import BrokenImageError, ImageSet, ImageSource
 from mixar.data.manifest import FORMAT, MANIFEST, Manifest, check_manifest, read_manifest
-from mixar.data.parts import Parts
+from mixar.data.parts import SIZE, Parts, Row, local_folder
+from mixar.data.pixels import DECODING
 from mixar.errors import UserError
-from mixar.files import write_json
+from mixar.files import replacing, write_json
+from mixar.signals import STOPPING, held_back
 from mixar.weights import fingerprint
 
-__all__ = ["Manifest", "check_manifest", "prepare", "read_manifest", "verify"]
+__all__ = ["Manifest", "check_manifest", "planned_manifest", "prepare", "read_manifest", "verify"]
 
 BATCH = 32  # images encoded at once, each in both flips
 
@@ -40,77 +46,141 @@ def prepare(
     rank: int = 0,
     world: int = 1,
     progress: bool = True,
-    part_size: int = 4096,
-) -> Manifest | None:
+    part_size: int = SIZE,
+) -> Manifest:
     """Encode `images` into MDS shards at `cfg.data.shards`; called again, it goes on where it stopped.
 
     A row is an image: `moments` float16 [2, 2C, h, w] and `codes` [2, N], plain and mirrored, `label` and `key`.
-    Ranks need no process group: each writes its own parts, and whichever finds all of them finished closes the set.
+    Ranks need no process group: each begins with its own parts, takes what else is missing, and returns when the set
+    is complete.
 
     Args:
         vae: frozen, in eval mode; it is moved to `device`. Likewise `tokenizer`.
         progress: show a bar on rank 0.
         part_size: images a part, the unit of resumption.
 
-    Returns:
-        The manifest, or None on a rank that finishes while parts of others are missing.
-
     Raises:
         UserError: a target that is remote, unwritable or holds shards made from something else; more broken images than
             `data.max_broken` allows; latents that are not finite.
+        PassingError: on a disk without locks, parts of other ranks are missing.
     """
-    if ":/" in cfg.data.shards:
-        raise UserError(f"data.shards={cfg.data.shards}: shards are written to a local folder, then copied to a remote")
-    folder = Path(cfg.data.shards)
-    vae, tokenizer = vae.to(device), tokenizer.to(device)
+    folder = local_folder(cfg.data.shards)
+    planned = planned_manifest(cfg, images, vae, tokenizer)
     recipe: dict[str, Any] = {
         "format": FORMAT,
         "images": _images_fingerprint(images),
+        "decoding": DECODING,
         "image_size": cfg.data.image_size,
-        "vae": fingerprint(vae.state_dict()),
-        "tokenizer": fingerprint(tokenizer.state_dict()),
+        "vae": planned.vae,
+        "tokenizer": planned.tokenizer,
     }
     parts = Parts(folder, recipe, len(images), part_size)
     if not parts.todo() and (folder / MANIFEST).is_file():
         manifest = read_manifest(cfg.data.shards)
         tqdm.write(f"{folder} is complete: {manifest.count} images, nothing to do", file=sys.stderr)
         return manifest
+    if left_out := images.left_out():
+        tqdm.write(left_out, file=sys.stderr)
 
-    encoder = _Encoder(cfg, images, vae, tokenizer, device, _joined("broken", parts.summaries()))
-    parts.write(parts.todo(rank, world), encoder.columns, encoder.rows_of, progress and rank == 0)
-    summaries = parts.close()
-    if summaries is None:
-        return None
-
-    manifest = encoder.manifest(recipe, summaries)
+    encoder = _Encoder(cfg, images, planned, vae.to(device), tokenizer.to(device), device)
+    encoder.broken = _joined("broken", parts.summaries())
+    parts.write(rank, world, encoder.columns, encoder.rows_of, progress and rank == 0)
+    manifest = _measured(planned, parts.close())
+    check_broken(cfg, images, manifest.broken)
     write_json(folder / MANIFEST, vars(manifest))
     return manifest
+
+
+def planned_manifest(cfg: Config, images: ImageSet, vae: VAE, tokenizer: Tokenizer) -> Manifest:
+    """What is known of a set before it is made: all but counts and statistics."""
+    grid, code_grid = (cfg.data.image_size >> (len(codec.config.multipliers) - 1) for codec in (vae, tokenizer))
+    return Manifest(
+        format=FORMAT,
+        mixar=__version__,
+        count=len(images),
+        classes=images.classes,
+        class_counts=[],
+        image_size=cfg.data.image_size,
+        crop="adm",
+        grid=grid,
+        code_grid=code_grid,
+        latent_channels=vae.config.latent_channels,
+        code_bits=tokenizer.config.bits,
+        vae=fingerprint(vae.state_dict()),
+        vae_weights=cfg.vae.weights,
+        tokenizer=fingerprint(tokenizer.state_dict()),
+        tokenizer_weights=cfg.tokenizer.weights,
+        latent_mean=[],
+        latent_std=[],
+        broken=[],
+        skipped={reason: len(keys) for reason, keys in images.skipped.items()},
+    )
+
+
+def _measured(planned: Manifest, summaries: list[dict[str, Any]]) -> Manifest:
+    """The manifest of the whole set from the summaries of all parts."""
+    counts = np.sum([part["class_counts"] for part in summaries], axis=0)
+    # summed in the order of the parts, so that no digit depends on who wrote them
+    sums = np.sum([[part["sum"], part["squares"]] for part in summaries], axis=0)
+    mean, square = sums / (counts.sum() * planned.grid**2)
+    return replace(
+        planned,
+        count=int(counts.sum()),
+        class_counts=counts.tolist(),
+        latent_mean=mean.tolist(),
+        latent_std=np.sqrt(square - mean**2).tolist(),
+        broken=_joined("broken", summaries),
+    )
+
+
+def check_broken(cfg: Config, images: ImageSet, broken: list[str]) -> None:
+    """Raises UserError for more broken images than `data.max_broken` allows."""
+    if len(broken) > cfg.data.max_broken * len(images):
+        raise UserError(
+            f"{len(broken)} of {len(images)} images are broken, more than data.max_broken="
+            f"{cfg.data.max_broken:g} of the set: {', '.join(broken[:5])}. "
+            "Replace them, or write a larger data.max_broken"
+        )
 
 
 class _Encoder:
     """Rows of shards from images, and the sums over them that the manifest needs."""
 
-    def __init__(self, cfg: Config, images: ImageSet, vae: VAE, tokenizer: Tokenizer, device: Any, broken: list[str]):
+    def __init__(
+        self, cfg: Config, images: ImageSet, planned: Manifest, vae: VAE, tokenizer: Tokenizer, device: Any
+    ):
         self.cfg, self.images, self.vae, self.tokenizer, self.device = cfg, images, vae, tokenizer, device
-        self.broken = broken  # of all parts so far
-        levels = (len(codec.config.multipliers) for codec in (vae, tokenizer))
-        self.grid, self.code_grid = (cfg.data.image_size >> (count - 1) for count in levels)
-        self.code_dtype = code_dtype(tokenizer.config.bits)
-        channels = vae.config.latent_channels
+        self.broken: list[str] = []  # keys, of all parts so far
+        self.code_dtype = code_dtype(planned.code_bits)
         self.columns = {
-            "moments": f"ndarray:float16:2,{2 * channels},{self.grid},{self.grid}",
-            "codes": f"ndarray:{self.code_dtype}:2,{self.code_grid**2}",
+            "moments": f"ndarray:float16:2,{2 * planned.latent_channels},{planned.grid},{planned.grid}",
+            "codes": f"ndarray:{self.code_dtype}:2,{planned.code_grid**2}",
             "label": "int",
             "key": "str",
         }
 
-    def rows_of(self, indices: range, summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The rows of the readable images among `indices`; `summary` is complete when they are all taken."""
+    def rows_of(self, ranges: Iterator[range]) -> Iterator[tuple[range, Iterator[Row], dict[str, Any]]]:
+        """The rows of the readable images of each range; their summary is complete when they are all taken."""
+        ranges, ahead = tee(ranges)
+        batches = self._read(ahead)
+        for indices in ranges:
+            summary: dict[str, Any] = {}
+            yield indices, self._rows(islice(batches, -(-len(indices) // BATCH)), summary), summary
+
+    def _read(self, ranges: Iterator[range]) -> Iterator[list[Any]]:
+        """Batches of items, none across two ranges, read ahead by one set of workers."""
+        batches = (list(rows[first : first + BATCH]) for rows in ranges for first in range(0, len(rows), BATCH))
+        items = _Tolerant(ImageSource(self.images, self.cfg.data.image_size))
+        loader = DataLoader(items, batch_sampler=batches, num_workers=self.cfg.data.workers, collate_fn=list)
+        with _unheard_by_workers():
+            read = iter(loader)
+        yield from read
+
+    def _rows(self, batches: Iterator[list[Any]], summary: dict[str, Any]) -> Iterator[Row]:
         channels = self.vae.config.latent_channels
         total, squares = np.zeros(channels), np.zeros(channels)
         counts, broken_before = np.zeros(len(self.images.classes), int), len(self.broken)
-        items = _Tolerant(ImageSource(self.images, self.cfg.data.image_size), indices)
-        for batch in DataLoader(items, BATCH, num_workers=self.cfg.data.workers, collate_fn=list):
+        for batch in batches:
             self._note_broken([item for item in batch if isinstance(item[0], BrokenImageError)])
             batch = [item for item in batch if not isinstance(item[0], BrokenImageError)]
             if not batch:
@@ -130,33 +200,6 @@ class _Encoder:
             broken=self.broken[broken_before:],
         )
 
-    def manifest(self, recipe: dict[str, Any], summaries: list[dict[str, Any]]) -> Manifest:
-        """The manifest of the whole set from the summaries of all parts."""
-        counts = np.sum([part["class_counts"] for part in summaries], axis=0)
-        # summed in the order of the parts, so that no digit depends on who wrote them
-        sums = np.sum([[part["sum"], part["squares"]] for part in summaries], axis=0)
-        mean, square = sums / (counts.sum() * self.grid**2)
-        return Manifest(
-            format=FORMAT,
-            mixar=__version__,
-            count=int(counts.sum()),
-            classes=self.images.classes,
-            class_counts=counts.tolist(),
-            image_size=self.cfg.data.image_size,
-            crop="adm",
-            grid=self.grid,
-            code_grid=self.code_grid,
-            latent_channels=self.vae.config.latent_channels,
-            code_bits=self.tokenizer.config.bits,
-            vae=recipe["vae"],
-            vae_weights=self.cfg.vae.weights,
-            tokenizer=recipe["tokenizer"],
-            tokenizer_weights=self.cfg.tokenizer.weights,
-            latent_mean=mean.tolist(),
-            latent_std=np.sqrt(square - mean**2).tolist(),
-            broken=_joined("broken", summaries),
-        )
-
     @torch.inference_mode()
     def _encode(self, pixels: Tensor) -> tuple[NDArray, NDArray]:
         """uint8 [B, 3, H, W] to moments [B, 2, 2C, h, w] and codes [B, 2, N]."""
@@ -172,28 +215,36 @@ class _Encoder:
         for error, _ in found:
             tqdm.write(f"skipped: {error}", file=sys.stderr)
         self.broken += [key for _, key in found]
-        if len(self.broken) > self.cfg.data.max_broken * len(self.images):
-            raise UserError(
-                f"{len(self.broken)} of {len(self.images)} images are broken, more than data.max_broken="
-                f"{self.cfg.data.max_broken:g} of the set: {', '.join(self.broken[:5])}. "
-                "Replace them, or write a larger data.max_broken"
-            )
+        check_broken(self.cfg, self.images, self.broken)
 
 
 class _Tolerant(Dataset):
-    """Items of an image source at `indices`; a broken image is the pair of its error and its key."""
+    """Items of an image source; a broken image is the pair of its error and its key."""
 
-    def __init__(self, source: ImageSource, indices: range):
-        self.source, self.indices = source, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
+    def __init__(self, source: ImageSource):
+        self.source = source
 
     def __getitem__(self, i: int) -> tuple[Tensor, int, str] | tuple[BrokenImageError, str]:
         try:
-            return self.source[self.indices[i]]
+            return self.source[i]
         except BrokenImageError as error:
-            return error, self.source.images.keys[self.indices[i]]
+            return error, self.source.images.keys[i]
+
+
+@contextmanager
+def _unheard_by_workers() -> Iterator[None]:
+    """What asks the whole group for an end never reaches the workers that start meanwhile, and waits until they did."""
+    came: list[int] = []
+    # torch's own threads hear what this one holds back
+    handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in STOPPING}
+    try:
+        with held_back():
+            yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for late in came:
+        signal.raise_signal(late)
 
 
 def code_dtype(bits: int) -> str:
@@ -224,5 +275,6 @@ def verify(shards: str, vae: VAE, tokenizer: Tokenizer, out_png: str | Path, cou
     moments = torch.from_numpy(np.stack([row["moments"] for row in rows])).to(device)
     codes = torch.from_numpy(np.stack([row["codes"][0].astype(np.int64) for row in rows])).to(device)
     decoded = [vae.decode(posterior(moments[:, flip])[0]) / 2 + 0.5 for flip in (0, 1)]
-    Path(out_png).parent.mkdir(parents=True, exist_ok=True)
-    save_image(torch.cat([*decoded, tokenizer.to(device).decode(codes)]).clamp(0, 1), out_png, nrow=len(rows))
+    shown = torch.cat([*decoded, tokenizer.to(device).decode(codes)]).clamp(0, 1)
+    with replacing(out_png) as part:
+        save_image(shown, part, format="png", nrow=len(rows))

@@ -1,28 +1,41 @@
 """Turn images into shards: both flips' latent moments and discrete tokens, label and key, and a manifest.
 
+    mixar prepare CONFIG data.images=DIR --list
     mixar prepare CONFIG data.images=DIR data.shards=OUT vae.weights=PATH tokenizer.weights=PATH
 
-Several ranks share the work: the elements of a Slurm array, the tasks of an srun step, or --rank and --world. An
-interrupted run goes on where it stopped.
+Several ranks share the work: the elements of a Slurm array, the tasks of an srun step, --rank and --world, or just the
+same command several times. Each returns when the set is complete. An interrupted run goes on where it stopped.
 """
 
 import argparse
 import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from mixar import dist
 from mixar.codecs import load_tokenizer, load_vae
-from mixar.config import load_config
+from mixar.config import Config, load_config
 from mixar.data.images import training_images
-from mixar.data.pre_draw import predraw
-from mixar.data.shards import prepare, verify
+from mixar.data.manifest import read_manifest
+from mixar.data.parts import local_folder
+from mixar.data.pre_draw import check_pre_draw, predraw
+from mixar.data.shards import planned_manifest, prepare, verify
+from mixar.data.survey import survey
 from mixar.errors import UserError
-from mixar.prior import load_prior
+from mixar.objectives.frozen import Frozen
+from mixar.signals import STOPPING
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="yaml file, such as configs/mixar_l.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.images=/data/imagenet/train")
+    parser.add_argument(
+        "--list", action="store_true", help="only show classes, counts, sizes, modes and what would be skipped"
+    )
     parser.add_argument(
         "--verify", action="store_true", help="decode 16 images of finished shards to <shards>/verify.png"
     )
@@ -42,7 +55,8 @@ def slurm_share() -> tuple[int, int]:
     if "STEP_ID" in given:  # without it this is the batch script, which has a PROCID too
         rank, world = int(given["PROCID"]), int(given["STEP_NUM_TASKS"])
     if "ARRAY_TASK_ID" in given:
-        element, first, step = (int(given[f"ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "STEP"))
+        element, first = int(given["ARRAY_TASK_ID"]), int(given["ARRAY_TASK_MIN"])
+        step = int(given.get("ARRAY_TASK_STEP", 1))  # some schedulers that speak Slurm's language leave it out
         rank, world = (element - first) // step * world + rank, int(given["ARRAY_TASK_COUNT"]) * world
     return rank, world
 
@@ -54,16 +68,51 @@ def run(args: argparse.Namespace) -> None:
             f"no rank {args.rank} of {args.world}: write --rank 0 to {last}; of a Slurm array, --array=0-{last}"
         )
     cfg = load_config(args.config, args.overrides + ["trust_pickle=true"] * args.trust_pickle)
-    device = dist.find().device
-    vae, tokenizer = load_vae(cfg.vae, cfg.trust_pickle), load_tokenizer(cfg.tokenizer, cfg.trust_pickle)
-    if args.verify:
-        out = Path(cfg.data.shards) / "verify.png"
-        verify(cfg.data.shards, vae.to(device), tokenizer.to(device), out)
-        print(out)
+    if args.list:
+        print(survey(training_images(replace(cfg.data, classes=sys.maxsize)), cfg.data))
         return
-    manifest = prepare(cfg, training_images(cfg.data), vae, tokenizer, device, args.rank, args.world)
-    if args.pre_draw and manifest is not None:
-        predraw(cfg, load_prior(cfg.prior, cfg.trust_pickle), device, args.rank, args.world)
-    if manifest is not None:
-        broken = f", {len(manifest.broken)} broken ones skipped" if manifest.broken else ""
-        print(f"{manifest.count} images of {len(manifest.classes)} classes in {cfg.data.shards}{broken}")
+    folder = local_folder(cfg.data.shards)
+    with interruptible():
+        if args.verify:
+            show(cfg, folder / "verify.png")
+        else:
+            make(cfg, args.pre_draw, args.rank, args.world)
+
+
+def show(cfg: Config, out: Path) -> None:
+    """Decode some of the finished shards of `cfg` to a PNG at `out`, by the codecs that made them."""
+    manifest, device = read_manifest(cfg.data.shards), dist.find().device
+    frozen = Frozen(cfg, {"vae": manifest.vae, "tokenizer": manifest.tokenizer})
+    verify(cfg.data.shards, frozen.vae.to(device), frozen.tokenizer.to(device), out)
+    print(out)
+
+
+def make(cfg: Config, pre_draw: bool, rank: int, world: int) -> None:
+    """Make the shards of `cfg`, and pre-drawn tokens beside them; all that they need is opened first."""
+    images, device = training_images(cfg.data), dist.find().device
+    vae, tokenizer = load_vae(cfg.vae, cfg.trust_pickle), load_tokenizer(cfg.tokenizer, cfg.trust_pickle)
+    if pre_draw:
+        planned = planned_manifest(cfg, images, vae, tokenizer)
+        prior = Frozen(cfg, {"tokenizer": planned.tokenizer}).prior
+        check_pre_draw(cfg, prior, planned)
+    manifest = prepare(cfg, images, vae, tokenizer, device, rank, world)
+    if pre_draw:
+        predraw(cfg, prior, device, rank, world)
+    skipped = f", {len(manifest.broken)} broken ones skipped" if manifest.broken else ""
+    if manifest.skipped:
+        skipped += f", left out: {', '.join(f'{count} {reason}' for reason, count in manifest.skipped.items())}"
+    print(f"{manifest.count} images of {len(manifest.classes)} classes in {cfg.data.shards}{skipped}")
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """End as by Ctrl-C on what else asks for an end, unless it is ignored, as under nohup."""
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    try:
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, signal.default_int_handler)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -19,13 +19,14 @@ torch.set_num_threads(1)  # so that a forked process may use torch
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
-    """40 colour images of odd sizes in two classes of 25 and 15."""
+    """40 colour images of odd sizes in two classes of 25 and 15, and a text."""
     root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for i in range(40):
         path = root / ("cat" if i < 25 else "dog") / f"{i:02d}.png"
         path.parent.mkdir(exist_ok=True)
         height, width = rng.integers(16, 70, 2)
         Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(path)
+    (root / "cat/notes.txt").write_text("")
     return root
 
 

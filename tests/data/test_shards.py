@@ -1,8 +1,13 @@
+import errno
+import fcntl
+import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +19,11 @@ from streaming import LocalDataset
 
 from mixar import draws
 from mixar.data.images import ImageSet, adm_crop, open_images
-from mixar.data.manifest import check_codecs, check_manifest, read_manifest
+from mixar.data.manifest import check_manifest, read_manifest
 from mixar.data.pre_draw import predraw
 from mixar.data.shards import prepare, verify
 from mixar.draws import Stream
-from mixar.errors import UserError
+from mixar.errors import PassingError, UserError
 from mixar.prior import Prior, fill
 from mixar.weights import fingerprint
 
@@ -66,6 +71,7 @@ def test_manifest_says_what_the_shards_are(make_config, codecs, shards):
     assert (manifest.count, manifest.classes, manifest.class_counts) == (40, ["cat", "dog"], [25, 15])
     assert (manifest.image_size, manifest.crop, manifest.grid, manifest.code_grid) == (16, "adm", 4, 4)
     assert (manifest.latent_channels, manifest.code_bits, manifest.broken) == (3, 6, [])
+    assert manifest.skipped == {".txt": 1}
     assert manifest.vae == fingerprint(vae.state_dict()) and manifest.tokenizer == fingerprint(tokenizer.state_dict())
 
 
@@ -97,9 +103,9 @@ def test_a_killed_run_goes_on_where_it_stopped(make_config, codecs, shards, tmp_
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    left = {path.name for path in (tmp_path / "killed").iterdir()}
-    assert left == {"part-00000", ".part-00001.tmp"}
-    with pytest.raises(UserError, match=r"manifest\.json is missing"):
+    left = sorted(path.name for path in (tmp_path / "killed").iterdir())
+    assert left[0] == ".lock" and left[1].startswith(".part-00001.") and left[2:] == ["part-00000"]
+    with pytest.raises(UserError, match=r"manifest\.json is missing: 1 of 3 parts .* run `mixar prepare`"):
         read_manifest(config.data.shards)
     written = (tmp_path / "killed/part-00000/part.json").stat().st_mtime_ns
 
@@ -108,12 +114,101 @@ def test_a_killed_run_goes_on_where_it_stopped(make_config, codecs, shards, tmp_
     assert files(config.data.shards) == files(shards)
 
 
-def test_ranks_write_their_own_parts(make_config, codecs, shards, tmp_path):
-    config = make_config(f"data.shards={tmp_path}/ranks")
-    assert run(config, codecs, rank=1, world=2) is None
-    assert sorted(os.listdir(config.data.shards)) == ["part-00001"]
-    assert run(config, codecs, rank=0, world=2) == read_manifest(shards)
+@dataclass(frozen=True)
+class Noted(ImageSet):
+    """Takes its time, and notes down each image that is asked for."""
+
+    def load(self, i: int) -> Image.Image:
+        with open(os.environ["NOTES"], "a") as notes:
+            notes.write(f"{i}\n")
+        time.sleep(0.02)
+        return super().load(i)
+
+
+def together(shares: list[tuple[int, int]], *args, **options) -> list[int | None]:
+    """Processes that prepare one set at once; their exit statuses."""
+    fork = multiprocessing.get_context("fork").Process
+    ranks = [fork(target=run, args=args, kwargs=options | {"rank": rank, "world": world}) for rank, world in shares]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    return [process.exitcode for process in ranks]
+
+
+# two ranks, the same command twice, and an element of an array that is sent again alone
+@pytest.mark.parametrize("shares", [[(0, 2), (1, 2)], [(0, 1), (0, 1)], [(0, 3), (1, 3), (2, 3), (0, 1)]])
+def test_processes_share_the_parts(make_config, codecs, folder, shards, tmp_path, monkeypatch, shares):
+    monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
+    config = make_config(f"data.shards={tmp_path}/shared")
+    images = Noted(**vars(open_images(config.data)))
+    assert together(shares, config, codecs, images) == [0] * len(shares)
+    assert sorted(map(int, (tmp_path / "notes").read_text().split())) == list(range(40))  # each was written once
     assert files(config.data.shards) == files(shards)
+
+
+@dataclass(frozen=True)
+class Stopping(ImageSet):
+    """Stops its process, which goes on living, when the last image but ten is asked for."""
+
+    def load(self, i: int) -> Image.Image:
+        if i == len(self) - 10:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return super().load(i)
+
+
+def test_the_part_of_a_process_that_dies_is_taken_over(make_config, codecs, shards, tmp_path):
+    config = make_config(f"data.shards={tmp_path}/taken")
+    images, told = open_images(config.data), tmp_path / "told"
+
+    def wait() -> None:
+        with told.open("w", buffering=1) as sys.stderr:
+            run(config, codecs)
+
+    fork = multiprocessing.get_context("fork").Process
+    first, second = fork(target=run, args=(config, codecs, Stopping(**vars(images)))), fork(target=wait)
+    first.start()
+    while Path(f"/proc/{first.pid}/stat").read_text().split()[2] != "T":
+        time.sleep(0.02)
+    second.start()
+    while not (told.exists() and "waiting for 1 parts" in told.read_text()):
+        time.sleep(0.02)
+    with pytest.raises(UserError, match="2 of 3 parts are written"):
+        read_manifest(config.data.shards)
+    first.kill()
+    second.join()
+    assert second.exitcode == 0 and files(config.data.shards) == files(shards)
+
+
+def test_without_locks_ranks_keep_to_their_own(make_config, codecs, shards, tmp_path, monkeypatch):
+    def no_locks(*_) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)  # no file system here refuses them
+    config = make_config(f"data.shards={tmp_path}/lockless")
+    with pytest.raises(PassingError, match=r"1 of 3 parts .* run the same command again"):
+        run(config, codecs, rank=1, world=2)
+    run(config, codecs, rank=0, world=2)
+    assert files(config.data.shards) == files(shards)
+
+
+def older(folder: str) -> None:
+    """Make of a set one of before `decoding`, `parts` and `skipped` were noted down."""
+    for path in Path(folder).glob("part-*/part.json"):
+        summary = json.loads(path.read_text())
+        del summary["recipe"]["decoding"], summary["parts"]
+        path.write_text(json.dumps(summary))
+    manifest = json.loads(Path(folder, "manifest.json").read_text())
+    del manifest["skipped"]
+    Path(folder, "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_older_sets_stay_as_they_are_and_are_not_mixed_with_newer_rows(make_config, codecs, shards):
+    older(shards)
+    assert run(make_config(), codecs, part_size=8) == read_manifest(shards)
+    shutil.rmtree(Path(shards) / "part-00001")
+    with pytest.raises(UserError, match="decoding None, not turned by EXIF"):
+        run(make_config(), codecs)
 
 
 def test_a_finished_set_is_left_alone(make_config, codecs, shards, capsys):
@@ -127,8 +222,12 @@ def test_a_part_that_was_removed_is_made_again(make_config, codecs, shards):
     before = files(shards)
     for path in (Path(shards) / "part-00001").iterdir():
         path.unlink()
+    (Path(shards) / "part-00002/part.json").unlink()
     run(make_config(), codecs)
     assert files(shards) == before
+    (Path(shards) / "part-00001/part.json").write_text("{")
+    with pytest.raises(UserError, match=r"part-00001/part\.json is damaged: rm -r"):
+        run(make_config(), codecs)
 
 
 def test_broken_images_are_named_and_skipped(make_config, codecs, folder, tmp_path, capsys):
@@ -138,6 +237,9 @@ def test_broken_images_are_named_and_skipped(make_config, codecs, folder, tmp_pa
     images = ImageSet(images.classes, images.labels, images.keys, items)
     with pytest.raises(UserError, match=r"2 of 40 images .*data.max_broken=0.04.*cat/03.png, cat/20.png"):
         run(make_config("data.max_broken=0.04"), codecs, images)
+    config = make_config("data.max_broken=0.04", f"data.shards={tmp_path}/shared")
+    assert together([(0, 2), (1, 2)], config, codecs, images) == [1, 1]  # each finds one, of 1.6 that the set may have
+    assert not (tmp_path / "shared/manifest.json").exists()
     config = make_config("data.max_broken=0.05")
     manifest = run(config, codecs, images)
     assert "bad.png cannot be read" in capsys.readouterr().err
@@ -172,6 +274,19 @@ def test_targets_that_cannot_be_written(make_config, codecs, tmp_path):
         run(make_config("data.shards=s3://bucket/set"), codecs)
 
 
+def test_a_full_disk_is_told_and_keeps_the_finished_parts(make_config, codecs, shards, small_disk):
+    config, filler = make_config(f"data.shards={small_disk}/shards"), small_disk / "filler"
+    disk = os.statvfs(small_disk)
+    with filler.open("wb") as file:  # room for the first part, of 16 KiB, but not for the second
+        os.posix_fallocate(file.fileno(), 0, disk.f_bavail * disk.f_bsize - (28 << 10))
+    with pytest.raises(UserError, match="No space left on device"):
+        run(config, codecs)
+    assert (small_disk / "shards/part-00000/part.json").exists()
+    filler.unlink()
+    run(config, codecs)
+    assert files(config.data.shards) == files(shards)
+
+
 def test_latents_that_are_not_finite_stop_the_run(make_config, codecs):
     vae, tokenizer = codecs
     vae.quant_conv.bias.data.fill_(1e6)
@@ -193,15 +308,6 @@ def test_a_config_that_does_not_fit_is_told_what_to_write(make_config, shards):
         with pytest.raises(UserError) as error:
             check_manifest(manifest, make_config(*overrides))
         assert mend in str(error.value)
-
-
-def test_other_codecs_are_refused(shards):
-    manifest = read_manifest(shards)
-    check_codecs(manifest, manifest.vae, manifest.tokenizer)
-    with pytest.raises(UserError, match=r"another vae .*vae\.weights"):
-        check_codecs(manifest, "0" * 16, manifest.tokenizer)
-    with pytest.raises(UserError, match=r"another tokenizer"):
-        check_codecs(manifest, manifest.vae, "0" * 16)
 
 
 def test_a_damaged_or_missing_manifest(shards, tmp_path):
@@ -235,8 +341,7 @@ def test_pre_drawn_tokens_lie_row_by_row_beside_the_images(make_config, shards, 
     config = make_config("ti_mix.variants=4", f"ti_mix.draw={draw}", "seed=5")
     torch.manual_seed(0)
     prior = Prior(config.prior).eval()
-    assert not predraw(config, prior, "cpu", rank=1, world=2, progress=False, part_size=24)
-    assert predraw(config, prior, "cpu", rank=0, world=2, progress=False, part_size=24)
+    predraw(config, prior, "cpu", rank=1, world=2, progress=False, part_size=24)
     stored = rows(f"{shards}/ti_mix")
     assert len(stored) == 40
     for i, row in enumerate(rows(shards)):

@@ -1,0 +1,72 @@
+"""Labelled images in a fixed order, and the share of them that is held out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from mixar import draws
+from mixar.data.pixels import read_rgb
+from mixar.draws import Stream
+from mixar.errors import printable
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Labelled images in a fixed order.
+
+    Attributes:
+        classes: class names; label i is `classes[i]`.
+        labels: one an image.
+        keys: one an image, unique: the path below the folder, or the index in a built-in set.
+        items: what `load` decodes: paths, or uint8 arrays [H, W] or [H, W, 3].
+        skipped: what lies in the folder and is left out, by reason.
+    """
+
+    classes: list[str]
+    labels: list[int]
+    keys: list[str]
+    items: Sequence[Path | NDArray[np.uint8]]
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def load(self, i: int) -> Image.Image:
+        """Image `i` in RGB, as `read_rgb` shows it.
+
+        Raises:
+            BrokenImageError: a file that cannot be read or decoded.
+        """
+        item = self.items[i]
+        return Image.fromarray(item).convert("RGB") if isinstance(item, np.ndarray) else read_rgb(item)
+
+    def subset(self, indices: Sequence[int]) -> "ImageSet":
+        """The images at `indices`, in that order, with all classes."""
+        return replace(
+            self,
+            labels=[self.labels[i] for i in indices],
+            keys=[self.keys[i] for i in indices],
+            items=[self.items[i] for i in indices],
+        )
+
+    def left_out(self) -> str:
+        """What `skipped` holds in one line, with an example of each; empty when it holds nothing."""
+        told = [f"{len(keys)} {reason} ({keys[0]}{', ...' * (len(keys) > 1)})" for reason, keys in self.skipped.items()]
+        return printable(f"left out: {'; '.join(told)}") if told else ""
+
+
+def split(images: ImageSet, held_out: int, seed: int) -> tuple[ImageSet, ImageSet]:
+    """(train, held): `held_out` images set aside, each class by its share; a function of the arguments alone."""
+    chance = draws.uniform(seed, Stream.DATA_ORDER, torch.arange(len(images))).numpy()
+    labels = np.asarray(images.labels)
+    place = np.empty(len(images))  # of each image in its class, as a share: the lowest shares are held out
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        place[members] = (chance[members].argsort().argsort() + 0.5) / len(members)
+    order = np.lexsort((chance, place))
+    return images.subset(np.sort(order[held_out:]).tolist()), images.subset(np.sort(order[:held_out]).tolist())
