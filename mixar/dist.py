@@ -208,6 +208,11 @@ def among_others() -> bool:
     return c10d.is_initialized() and c10d.get_world_size() > 1
 
 
+def is_loss_of_others(error: BaseException) -> bool:
+    """Whether a collective failed since another rank has ended or hangs: gloo's errors have no class of their own."""
+    return isinstance(error, c10d.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+
+
 def end(status: int) -> NoReturn:
     """End this process at once, alone: the others may wait for it in a collective, until their launcher ends them.
 

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as c10d
 
 from mixar import dist
 from mixar.checkpoint import RunDirectory, complete_checkpoints
@@ -29,7 +30,7 @@ from mixar.data.loader import ShardSource
 from mixar.data.manifest import Manifest, check_cache, check_manifest, check_pre_drawn, read_manifest
 from mixar.data.shards import _images_fingerprint
 from mixar.engine import choose_engine
-from mixar.errors import UserError, report
+from mixar.errors import PassingError, UserError, report
 from mixar.files import write_text
 from mixar.metrics import keep_in_log, log
 from mixar.model.attention import prepare_attention
@@ -69,7 +70,11 @@ def train(cfg: Config) -> Path:
     except Stopped:
         raise
     except BaseException as error:
-        raise fail(in_words(error, cfg), run) from None
+        told = in_words(error, cfg)
+        fail(told, run)
+        if told is not error:
+            raise told from None
+        raise
     finally:
         if run is not None:
             run.close()
@@ -77,25 +82,29 @@ def train(cfg: Config) -> Path:
 
 
 def in_words(error: BaseException, cfg: Config) -> BaseException:
-    """`error`, or what it tells the user where it means a full disk."""
+    """`error`, or what it tells the user where it means a full disk, or other ranks that have ended."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
             f"{error.filename or cfg.run_dir} cannot be written ({error.strerror}): make room there, then the same "
             "command goes on from the last checkpoint"
         )
+    if dist.among_others() and dist.is_loss_of_others(error):
+        return PassingError(
+            f"rank {c10d.get_rank()} lost the other ranks in an exchange ({str(error).splitlines()[0][:200]}): another "
+            f"rank ended or hangs, and tells why above or in {cfg.run_dir}/log.txt"
+        )
     return error
 
 
-def fail(error: BaseException, run: RunDirectory | None) -> BaseException:
+def fail(error: BaseException, run: RunDirectory | None) -> None:
     """Tell of an error. Among other ranks this process ends here: they may be waiting for it where no error reaches."""
     keep_in_log(error)
+    _tell(error, run)
     if dist.among_others():
-        _tell(error)
         status = report("mixar train", error)
         if run is not None:
             run.close()
         dist.end(status)
-    return error
 
 
 def load_kernels(cfg: Config) -> list[str]:
@@ -215,21 +224,23 @@ def run(args: argparse.Namespace) -> None:
     dist.leave()
 
 
-def _tell(end: BaseException | None) -> None:
-    """Tell the job script that started this how it ended: done, stopped, or refused for a mistake of the user.
+def _tell(end: BaseException | None, run: RunDirectory | None = None) -> None:
+    """Tell the job script that started this how it ended: done, stopped, refused for a mistake of the user, or failed.
 
-    By a file, since a launcher makes of the exit statuses of its processes what it likes. Of what may pass, and of what
-    is nobody's mistake, it says nothing: the script starts it again.
+    By a file, since a launcher makes of the exit statuses of its processes what it likes. Of what may pass it says
+    nothing: the script starts it again. Likewise after a failure, unless it comes again and again at the same place,
+    which is the last checkpoint.
     """
     file = os.environ.get("MIXAR_OUTCOME")
-    if isinstance(end, UserError | SystemExit) and getattr(end, "status", 2) == UserError.status:
-        outcome = "refused"
-    elif end is None or isinstance(end, Stopped):
-        outcome = ("done" if end is None else "stopped") if dist.find().is_main else ""
-    else:
-        outcome = ""
-    if file and outcome:
-        write_text(file, outcome + "\n")
+    if file is None or isinstance(end, PassingError) or (isinstance(end, UserError) and end.status != UserError.status):
+        return
+    if isinstance(end, UserError | SystemExit):
+        write_text(file, "refused\n")
+    elif isinstance(end, Exception):
+        kept = [] if run is None else run.checkpoints()
+        write_text(file, f"failed {int(kept[-1].name) if kept else 0}\n")
+    elif dist.find().is_main:
+        write_text(file, "done\n" if end is None else "stopped\n")
 
 
 def main() -> None:

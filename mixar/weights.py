@@ -219,11 +219,25 @@ def find_export(path: str | Path) -> Path:
 def holds(folder: str | Path, state: Mapping[str, Tensor]) -> bool:
     """Whether the export `folder` is whole and of just these weights."""
     try:
-        about = json.loads((Path(folder) / "config.json").read_text())
-        known = about.get("fingerprint") or fingerprint(read_state(Path(folder) / "model.safetensors"))
+        known = describe_export(folder).get("fingerprint")
+        known = known or fingerprint(read_state(Path(folder) / "model.safetensors"))
         return is_export(folder) and known == fingerprint(state)
-    except (OSError, ValueError, AttributeError, UserError):
+    except UserError:
         return False
+
+
+def describe_export(folder: str | Path) -> dict[str, Any]:
+    """What the config.json of the export `folder` says.
+
+    Raises:
+        UserError: it is not what `write_export` writes.
+    """
+    try:
+        description = json.loads((Path(folder) / "config.json").read_text())
+        description["kind"], description["config"]
+        return description
+    except (OSError, ValueError, TypeError, KeyError):
+        raise UserError(f"{folder}/config.json is not what `mixar export` writes: export the network again") from None
 
 
 def read_export(folder: str | Path, kind: str) -> tuple[dict[str, Any], State]:
@@ -235,13 +249,9 @@ def read_export(folder: str | Path, kind: str) -> tuple[dict[str, Any], State]:
     folder = Path(folder)
     if not is_export(folder):
         raise UserError(f"{folder} is no export: expected a folder with config.json and model.safetensors")
-    try:
-        description = json.loads((folder / "config.json").read_text())
-        found, _ = description["kind"], description["config"]
-    except (ValueError, TypeError, KeyError):
-        raise UserError(f"{folder}/config.json is not what `mixar export` writes: export the network again") from None
-    if found != kind:
-        raise UserError(f"{folder} holds weights of kind '{found}', expected '{kind}'")
+    description = describe_export(folder)
+    if description["kind"] != kind:
+        raise UserError(f"{folder} holds weights of kind '{description['kind']}', expected '{kind}'")
     return description, read_state(folder / "model.safetensors")
 
 

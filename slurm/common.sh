@@ -7,7 +7,8 @@ source slurm/site.sh
 #
 # What becomes of the job is told by the word that the command leaves in the file MIXAR_OUTCOME: an exit status would not
 # do, since srun gives that of the tasks it killed. `done` and `refused`, for a mistake of the user, end it. `stopped`,
-# after a signal, and a failure without a word requeue it, and the same command goes on where it was.
+# after a signal, and a failure without a word requeue it, and the same command goes on where it was. So does `failed
+# IMAGES`, after an error nobody foresaw, until it has come three times without a new checkpoint.
 run() {
   local tasks=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}} restarts=${SLURM_RESTART_COUNT:-0} status=0 word
   local cpus=$((SLURM_CPUS_ON_NODE / tasks))
@@ -21,7 +22,11 @@ run() {
   rm -f "$MIXAR_OUTCOME"
   echo "== $(date -Is) ${word:-no outcome}, status $status"
   case $word:$status in
-    done:* | :0) exit 0 ;;
+    done:* | :0) rm -f "$MIXAR_OUTCOME.failures" && exit 0 ;;
+    failed*)
+      echo "$word" >>"$MIXAR_OUTCOME.failures"
+      (($(grep -cx "$word" "$MIXAR_OUTCOME.failures") < 3)) || give_up 1 "it fails each time, the message above says why"
+      ;;
     refused:* | :2) give_up 2 "the message above says what to change" ;;
   esac
   ((restarts < MAX_RESTARTS)) || give_up 1 "this was restart $restarts of MAX_RESTARTS=$MAX_RESTARTS"

@@ -88,7 +88,8 @@ class Loader:
                     raise batch
                 yield batch
         finally:
-            del batches  # ends the workers, where they can be asked
+            if workers:
+                batches._shutdown_workers()  # asks them to end; an error under way would keep this from happening
             for worker in workers:
                 worker.kill()  # one may wait for a disk or a remote, deaf to anything milder
 

@@ -1,6 +1,5 @@
 """The frozen networks beside a training: opened at its start, and checked against the config and the shards."""
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from mixar.codecs import VAE, Tokenizer, load_tokenizer, load_vae
 from mixar.config import Config
 from mixar.errors import UserError
 from mixar.prior import Prior, load_prior
-from mixar.weights import find_export, fingerprint
+from mixar.weights import describe_export, find_export, fingerprint
 
 # what a network's own config must share with the run's: images of another size are no matter to convolutions
 GEOMETRY = {
@@ -45,7 +44,8 @@ class Frozen:
     @cached_property
     def prior(self) -> Prior:
         prior = self._checked("prior", load_prior(self.cfg.prior, self.cfg.trust_pickle))
-        learned = _description(self.cfg.prior.weights).get("tokenizer")
+        weights = Path(str(self.cfg.prior.weights))
+        learned = describe_export(find_export(weights)).get("tokenizer") if weights.is_dir() else None
         if learned is not None and learned != self.made.get("tokenizer", learned):
             raise UserError(
                 f"prior.weights={self.cfg.prior.weights} was trained on the tokens of another tokenizer (fingerprint "
@@ -89,10 +89,3 @@ class Frozen:
 
 def _measure(config: Any, name: str) -> int:
     return len(config.multipliers) if name == "levels" else getattr(config, name)
-
-
-def _description(weights: str | None) -> dict[str, Any]:
-    """What the config.json of an export says; nothing for a public checkpoint."""
-    if weights is None or not Path(weights).is_dir():
-        return {}
-    return json.loads((find_export(weights) / "config.json").read_text())

@@ -28,7 +28,15 @@ from mixar.files import creating_folder
 from mixar.model import Diffusion, MixAR, pack_linears, unpatchify
 from mixar.prior import Prior, keyed_draws, load_prior, sample_codes
 from mixar.sampling.autoregressive import compiled_predict, predict, sample_tokens
-from mixar.weights import find_export, is_export, load_strict, read_export, write_network
+from mixar.weights import (
+    describe_export,
+    find_export,
+    fingerprint,
+    is_export,
+    load_strict,
+    read_export,
+    write_network,
+)
 
 
 class MixARPipeline:
@@ -51,6 +59,7 @@ class MixARPipeline:
         settings: SampleConfig, device: torch.device | str | None = None, precision: str | None = None,
         compile: bool = False,
     ) -> None:  # fmt: skip
+        _check_geometry(model, vae, prior, tokenizer)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.precision = precision or fast_precision(self.device)
         self.settings = settings
@@ -85,6 +94,12 @@ class MixARPipeline:
                 f"{folder} was exported without {', '.join(missing)}: name the weights of each, "
                 f"mixar export RUN {' '.join(f'{kind}.weights=PATH' for kind in missing)} --out FOLDER"
             )
+        for kind, known in about.get("networks", {}).items():
+            if kind in needed and describe_export(folder / kind).get("fingerprint") != known:
+                raise UserError(
+                    f"{folder / kind} holds other weights than the {kind} that this model was exported with "
+                    f"(fingerprint {known}): bring that one back, or export again with {kind}.weights=PATH"
+                )
         with torch.device("meta"):  # the weights come from the file, so none are drawn
             model = MixAR(cfg)
         load_strict(model, state, folder)
@@ -125,13 +140,15 @@ class MixARPipeline:
         Raises:
             UserError: the folder exists.
         """
+        frozen = {kind: network for kind, network in self.networks.items() if kind != "model"}
+        about |= {"networks": {kind: fingerprint(network.state_dict()) for kind, network in frozen.items()}}
         about |= {"latents": self.norm.to_dict()}
         model = to_dict(self.model.config) | {"attention": "auto"}  # what trained it need not be where it samples
         with creating_folder(path, replace) as aside:
             write_network(aside, "mixar", model, self.model.state_dict(), sample=to_dict(self.settings), **about)
-            for kind, network in (("vae", self.vae), ("tokenizer", self.tokenizer), ("prior", self.prior)):
-                if network is not None:  # where its weights once lay means nothing to who gets the folder
-                    write_network(aside / kind, kind, to_dict(network.config) | {"weights": None}, network.state_dict())
+            for kind, network in frozen.items():  # where its weights once lay means nothing to who gets the folder
+                section = to_dict(network.config) | {"weights": None}
+                write_network(aside / kind, kind, section, network.state_dict())
         return Path(path)
 
     def with_settings(self, **changes: Any) -> "MixARPipeline":
@@ -248,6 +265,21 @@ class MixARPipeline:
         images = self.vae.decode(latents)
         _require_finite(model=tokens, vae=images)
         return rearrange(to_uint8(images), "b h w c -> b c h w").cpu()
+
+
+def _check_geometry(model: MixAR, vae: VAE, prior: Prior | None, tokenizer: Tokenizer | None) -> None:
+    """UserError where the networks' tokens are not the model's: cut to its size, they would be others."""
+    cfg = model.config
+    pairs = [("VAE", "latent channels", vae.config.latent_channels, cfg.latent_channels)]
+    if prior is not None:
+        pairs += [("prior", "bits a token", prior.config.bits, cfg.code_bits)]
+        pairs += [("prior", "tokens along a side", prior.config.grid, cfg.grid)]
+        pairs += [("prior", "classes", prior.config.classes, cfg.classes)]
+    if tokenizer is not None:
+        pairs += [("tokenizer", "bits a token", tokenizer.config.bits, cfg.code_bits)]
+    for network, what, found, wanted in pairs:
+        if found != wanted:
+            raise UserError(f"the {network} has {found} {what}, the model {wanted}: name the one it was trained with")
 
 
 def _require_finite(**outputs: Tensor) -> None:
