@@ -48,7 +48,7 @@ class RunDirectory:
     """One run's folder, made and written by rank 0; its methods are collectives, but for `close`.
 
     Attributes:
-        data: what the run is trained on, as every checkpoint says it; see `check_data`.
+        data: what the run is trained on, as every checkpoint says it; see `begin`.
 
     Raises:
         UserError: another run trains here, or the config differs from the run's in what cannot change.
@@ -81,8 +81,6 @@ class RunDirectory:
         self._check(self.cfg)
         for left in self.path.glob(f".*{files.PART}"):  # of a start that was killed
             left.unlink()
-        files.write_text(self.path / "config.yaml", to_yaml(self.cfg))
-        files.write_json(self.path / "env.json", environment())
         self._sweep()
         return lock
 
@@ -197,8 +195,8 @@ class RunDirectory:
         """Complete checkpoints, oldest first."""
         return complete_checkpoints(self.path)
 
-    def check_data(self, data: dict[str, Any]) -> None:
-        """Take what the run is trained on, and see that its checkpoints were trained on the same.
+    def begin(self, data: dict[str, Any]) -> None:
+        """Take what the run is trained on, see that its checkpoints were trained on the same, and note down its config.
 
         Args:
             data: plain values by name. A name that is on one side only is of what was switched on or off since.
@@ -207,9 +205,9 @@ class RunDirectory:
             UserError: another set of data.
         """
         self.data = data
-        dist.on_main(self.place, self._refuse_others)
+        dist.on_main(self.place, self._begin)
 
-    def _refuse_others(self) -> None:
+    def _begin(self) -> None:
         for folder in self.checkpoints():
             known = read_head(folder)[0].get("data", {})
             if other := [name for name in known if name in self.data and known[name] != self.data[name]]:
@@ -218,6 +216,8 @@ class RunDirectory:
                     f"{self.cfg.data.shards} are now (another {', '.join(other)}): name the data that it was trained "
                     f"on, or train on these with another run_dir and init_from={self.path}"
                 )
+        files.write_text(self.path / "config.yaml", to_yaml(self.cfg))
+        files.write_json(self.path / "env.json", environment())
 
     def load(self, engine: Engine) -> Progress:
         """Load the newest complete checkpoint; passes over damaged ones and those of another format, naming them.
@@ -339,8 +339,15 @@ def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") 
 
 
 def damaged(folder: Path, sums: dict[str, int]) -> list[str]:
-    """Those of a checkpoint's files that do not have their sums."""
-    return [name for name, known in sums.items() if _sums(folder, name).get(name) != known]
+    """Those of a checkpoint's files that do not have their sums, or cannot be read."""
+    wrong = []
+    for name, known in sums.items():
+        try:
+            whole = _sums(folder, name).get(name) == known
+        except OSError:
+            whole = False
+        wrong += [] if whole else [name]
+    return wrong
 
 
 def _changed(names: list[str]) -> str | None:

@@ -62,7 +62,7 @@ def train(cfg: Config) -> Path:
         dist.on_main(place, objective.open)
         if isinstance(objective, MixARObjective) and objective.prior is not None:
             data["prior"] = objective.frozen.fingerprints["prior"]  # TI-Mix draws from it
-        run.check_data(data)
+        run.begin(data)
         tell_start(cfg, source, place)
         for line in kernels:
             log.info("%s", line)

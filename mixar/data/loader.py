@@ -89,7 +89,7 @@ class Loader:
                 yield batch
         finally:
             if workers:
-                batches._shutdown_workers()  # asks them to end; an error under way would keep this from happening
+                batches._shutdown_workers()  # type: ignore[attr-defined] - as its end does, which an error would delay
             for worker in workers:
                 worker.kill()  # one may wait for a disk or a remote, deaf to anything milder
 

@@ -157,6 +157,20 @@ def test_a_signal_and_a_crash_change_no_weight(cluster, home, chain) -> None:
     assert cluster.log(job).count("resuming from") == 2 and equal(run, home / "run")
 
 
+def test_a_bug_that_comes_again_and_again_ends_the_job(cluster, home, chain, tmp_path) -> None:
+    (tmp_path / "bug.py").write_text(
+        "from mixar.objectives import MixARObjective\nfrom mixar.train import main\n"
+        "def loss(*_):\n    raise ZeroDivisionError('a bug')\nMixARObjective.loss = loss\nmain()\n"
+    )
+    command = f"python -u {tmp_path}/bug.py {home}/config.yaml run_dir={tmp_path}/run"
+    (tmp_path / "job.sh").write_text(f"#!/bin/bash\nsource slurm/common.sh\nrun {command}\n")
+    job = cluster.submit("--nodes=2", FEW, "--requeue", "--open-mode=append", tmp_path / "job.sh", MAX_RESTARTS="10",
+                         PYTHONPATH=str(ROOT))  # fmt: skip
+    ended = cluster.finish(job, 300)
+    assert (ended["JobState"], ended["Restarts"], ended["ExitCode"]) == ("FAILED", "2", "1:0"), cluster.log(job)
+    assert "ZeroDivisionError: a bug" in cluster.log(job) and "it fails each time" in cluster.log(job)
+
+
 def test_a_node_without_power_is_replaced(cluster, home, chain) -> None:
     run = home / "unplugged"
     job = cluster.submit(*TRAIN, home / "config.yaml", f"run_dir={run}")
