@@ -28,7 +28,6 @@ from mixar.data.batch import Source
 from mixar.data.images import ImageSource, training_images
 from mixar.data.loader import ShardSource
 from mixar.data.manifest import Manifest, check_cache, check_manifest, check_pre_drawn, read_manifest
-from mixar.data.shards import _images_fingerprint
 from mixar.engine import choose_engine
 from mixar.errors import PassingError, UserError, report
 from mixar.files import write_text
@@ -165,7 +164,7 @@ def describe_data(cfg: Config, source: Source) -> dict[str, Any]:
     A run is held to it, and its checkpoints keep it: `mixar export` needs no shards.
     """
     if isinstance(source, ImageSource):
-        return {"images": _images_fingerprint(source.images)}
+        return {"images": source.images.fingerprint}
     assert isinstance(source, ShardSource)
     manifest = read_manifest(cfg.data.shards, cfg.data.cache)
     data = {"shards": source.digest, "vae": manifest.vae, "tokenizer": manifest.tokenizer, "count": manifest.count}

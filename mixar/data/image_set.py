@@ -1,5 +1,6 @@
 """Labelled images in a fixed order, and the share of them that is held out."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,6 +36,11 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.items)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over classes, keys and labels, not the pixels: to read all files again would take hours."""
+        return hashlib.sha256(repr((self.classes, self.keys, self.labels)).encode()).hexdigest()[:16]
 
     def load(self, i: int) -> Image.Image:
         """Image `i` in RGB, as `read_rgb` shows it.

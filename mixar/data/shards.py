@@ -1,6 +1,5 @@
 """Images to shards: latent moments and discrete tokens of both flips, written once so that training runs no codec."""
 
-import hashlib
 import signal
 import sys
 from collections.abc import Iterator
@@ -68,7 +67,7 @@ def prepare(
     planned = planned_manifest(cfg, images, vae, tokenizer)
     recipe: dict[str, Any] = {
         "format": FORMAT,
-        "images": _images_fingerprint(images),
+        "images": images.fingerprint,
         "decoding": DECODING,
         "image_size": cfg.data.image_size,
         "vae": planned.vae,
@@ -254,12 +253,6 @@ def code_dtype(bits: int) -> str:
 
 def _joined(key: str, parts: list[dict[str, Any]]) -> list[Any]:
     return [value for part in parts for value in part[key]]
-
-
-def _images_fingerprint(images: ImageSet) -> str:
-    """16 hex digits over classes, keys and labels, not the pixels: to read all files again would take hours."""
-    digest = hashlib.sha256(repr((images.classes, images.keys, images.labels)).encode())
-    return digest.hexdigest()[:16]
 
 
 @torch.inference_mode()
