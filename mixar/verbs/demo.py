@@ -340,7 +340,7 @@ def run(args: argparse.Namespace) -> None:
 {out / "report.png"}   {out / "report.json"}   {report["seconds"]["total"]:.0f} s in all
 Go on:
   mixar sample {out / "mixar"} --labels 0-{demo.classes - 1} --grid
-  mixar train {CONFIGS / "mixar.yaml"} --dry-run
+  mixar train demo/mixar --dry-run
   tensorboard --logdir {out}""")
 
 
