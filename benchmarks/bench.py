@@ -22,6 +22,7 @@ from reference import MAR, Training
 from streaming import MDSWriter
 
 from mixar import draws
+from mixar.cards import CARDS
 from mixar.config import (
     GUIDANCES,
     PRESETS,
@@ -45,7 +46,7 @@ from mixar.objectives.base import mean_of
 from mixar.ops import mix_gather, timestep_embed
 from mixar.ops.mix_gather import reference as mix_gather_reference
 from mixar.ops.timestep_embed import reference as timestep_reference
-from mixar.plan import CARDS, make_plan
+from mixar.plan import make_plan
 from mixar.prior import Prior, keyed_draws, sample_codes
 from mixar.sampling import sample_tokens
 from mixar.sampling.autoregressive import compiled_predict, predict

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from mixar.__main__ import main
+from mixar.cards import CARDS
 from mixar.codecs import LatentNorm
 from mixar.config import ENGINES, GUIDANCES, Config, PriorConfig, load_config, to_dict
 from mixar.data.batch import Batch
@@ -29,7 +30,7 @@ from mixar.model import MixAR, attention
 from mixar.model.attention import attend
 from mixar.model.diffusion import STEPS
 from mixar.objectives import MixARObjective
-from mixar.plan import CARDS, make_plan, render
+from mixar.plan import make_plan, render
 from mixar.plan.activations import activation_bytes
 from mixar.plan.engines import DEEPSPEED_BUCKET, Layout, Sizes, images_a_rank
 from mixar.plan.work import FIRST, Tokens, matrices, mean_tokens, prior_flops, prior_share, training_flops

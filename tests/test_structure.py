@@ -13,7 +13,7 @@ import mixar
 
 ROOT = Path(mixar.__file__).parent
 FLOORS = (
-    "errors draws environment signals",
+    "cards draws environment errors signals",
     "resources",
     "ops files",
     "config weights dist",

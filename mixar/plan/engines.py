@@ -4,11 +4,11 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mixar.cards import GPUS_A_NODE, Card
 from mixar.config import ENGINES, Config, images_a_pass
 from mixar.errors import UserError
 from mixar.model import MixAR
 from mixar.plan.activations import activation_bytes
-from mixar.plan.cards import GPUS_A_NODE, Card
 from mixar.plan.work import Tokens, matrices
 
 UTILISATION = {False: 0.17, True: 0.35}  # share of the card's peak, without and with `engine.compile`

@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from mixar.cards import CARDS
 from mixar.codecs import VAE, Tokenizer
 from mixar.config import Config
 from mixar.data.manifest import read_manifest
 from mixar.errors import UserError
 from mixar.model import MixAR
-from mixar.plan.cards import CARDS
 from mixar.plan.engines import Layout, Sizes, engine_plans, images_a_rank
 from mixar.plan.text import assumptions
 from mixar.plan.work import mean_tokens, prior_flops, prior_share, training_flops

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mixar.plan.cards import CARDS, GPUS_A_NODE
+from mixar.cards import CARDS, GPUS_A_NODE
 from mixar.plan.engines import DEEPSPEED_BUCKET, DEEPSPEED_LIVE, LINK, OVERLAP, UTILISATION
 
 _WIDTH = 15  # of a name

@@ -9,8 +9,9 @@ With --gpus also memory a rank by part, bytes moved, images/s and days under eac
 import argparse
 import json
 
+from mixar.cards import CARDS
 from mixar.config import load_config, value_of
-from mixar.plan import CARDS, make_plan, render
+from mixar.plan import make_plan, render
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
