@@ -8,6 +8,7 @@ import sys
 
 from mixar import __version__
 from mixar.errors import UserError, report
+from mixar.verbs.process import interruptible
 
 VERBS = {
     "configs": ("mixar.verbs.configs", "the configs that travel with mixar: list, show, copy"),
@@ -39,10 +40,11 @@ def main(argv: list[str] | None = None) -> int:
 def _run(given: list[str]) -> int:
     prog = "mixar"
     try:
-        verb = _parser().parse_args(given[:1]).verb
-        prog = f"mixar {verb}"
-        module = importlib.import_module(VERBS[verb][0])  # only this verb's libraries are imported
-        module.run(verb_parser(verb).parse_intermixed_args(given[1:]))
+        with interruptible():
+            verb = _parser().parse_args(given[:1]).verb
+            prog = f"mixar {verb}"
+            module = importlib.import_module(VERBS[verb][0])  # only this verb's libraries are imported
+            module.run(verb_parser(verb).parse_intermixed_args(given[1:]))
     except SystemExit as end:  # argparse's: after --help, or of a wrong flag
         return int(end.code or 0)
     except (UserError, KeyboardInterrupt) as error:

@@ -36,7 +36,7 @@ from mixar.files import replacing, write_json
 from mixar.plan import parameter_count
 from mixar.sampling import MixARPipeline
 from mixar.train import train
-from mixar.verbs.process import check_writable, interruptible
+from mixar.verbs.process import check_writable
 from mixar.verbs.report import draw_report
 
 CONFIGS = resources.CONFIGS / "demo"
@@ -316,7 +316,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compare", action="store_true", help="train the four guidances side by side")
 
 
-@interruptible()
 def run(args: argparse.Namespace) -> None:
     length = SHORT if args.short else Length()
     out = args.out or Path(

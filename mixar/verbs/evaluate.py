@@ -19,7 +19,7 @@ from mixar.errors import UserError
 from mixar.evaluation.receipt import FID_IMAGES
 from mixar.verbs.drawing import AXES, Drawing, add_sampling_arguments, place, sampling_flags
 from mixar.verbs.grid import DEFAULT, Drawings, grid_drawings, parse_grid, run_grid
-from mixar.verbs.process import check_writable, interruptible
+from mixar.verbs.process import check_writable
 from mixar.verbs.scoring import Scorer, open_reference, open_samples
 
 
@@ -38,7 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling_arguments(parser, f"{FID_IMAGES}")
 
 
-@interruptible()
 def run(args: argparse.Namespace) -> None:
     check_flags(args)
     points = [] if args.grid is None else parse_grid(args.grid, sampling_flags(args))

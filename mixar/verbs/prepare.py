@@ -9,10 +9,7 @@ same command several times. Each returns when the set is complete. An interrupte
 
 import argparse
 import os
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +24,6 @@ from mixar.data.shards import planned_manifest, prepare, verify
 from mixar.data.survey import survey
 from mixar.errors import UserError
 from mixar.objectives.frozen import Frozen
-from mixar.signals import STOPPING
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,11 +68,10 @@ def run(args: argparse.Namespace) -> None:
         print(survey(training_images(replace(cfg.data, classes=sys.maxsize)), cfg.data))
         return
     folder = local_folder(cfg.data.shards)
-    with interruptible():
-        if args.verify:
-            show(cfg, folder / "verify.png")
-        else:
-            make(cfg, args.pre_draw, args.rank, args.world)
+    if args.verify:
+        show(cfg, folder / "verify.png")
+    else:
+        make(cfg, args.pre_draw, args.rank, args.world)
 
 
 def show(cfg: Config, out: Path) -> None:
@@ -102,17 +97,3 @@ def make(cfg: Config, pre_draw: bool, rank: int, world: int) -> None:
     if manifest.skipped:
         skipped += f", left out: {', '.join(f'{count} {reason}' for reason, count in manifest.skipped.items())}"
     print(f"{manifest.count} images of {len(manifest.classes)} classes in {cfg.data.shards}{skipped}")
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """End as by Ctrl-C on what else asks for an end, unless it is ignored, as under nohup."""
-    before = {number: signal.getsignal(number) for number in STOPPING}
-    try:
-        for number, handler in before.items():
-            if handler is not signal.SIG_IGN:
-                signal.signal(number, signal.default_int_handler)
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

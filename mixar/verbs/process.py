@@ -1,4 +1,4 @@
-"""What a verb that may work for hours owes: it ends when asked to, prints on any terminal, and refuses early."""
+"""What a verb owes: it ends when asked to, prints on any terminal, and refuses early."""
 
 import io
 import signal
@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 from mixar.errors import UserError
 from mixar.signals import STOPPING
@@ -22,16 +21,12 @@ def interruptible() -> Iterator[None]:
     before = {}
     if threading.current_thread() is threading.main_thread():  # python gives signals to no other
         heard = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]  # as under nohup
-        before = {number: signal.signal(number, _interrupt) for number in heard}
+        before = {number: signal.signal(number, signal.default_int_handler) for number in heard}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def check_writable(file: Path) -> None:

@@ -17,7 +17,7 @@ from torchvision.utils import save_image
 from mixar.errors import UserError
 from mixar.files import replacing
 from mixar.verbs.drawing import NPZ, RECORD, Drawing, add_sampling_arguments
-from mixar.verbs.process import check_writable, interruptible
+from mixar.verbs.process import check_writable
 
 GRID = 64  # images on a grid at most
 
@@ -31,7 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form.add_argument("--npz", action="store_true", help=f"write {NPZ} in ADM's form instead of PNGs")
 
 
-@interruptible()
 def run(args: argparse.Namespace) -> None:
     if args.out:
         check_writable(Path(args.out, RECORD))  # before models are loaded

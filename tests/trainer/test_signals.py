@@ -17,18 +17,20 @@ PROGRAMS = Path(sys.executable).parent
 # a run without end, and without a checkpoint of its own before it
 ENDLESS = ("train.epochs=100000", "train.checkpoint_every=100000", "train.log_every=1", "data.workers=4")
 LAUNCHERS = {
-    "python": [sys.executable],
-    "torchrun": [str(PROGRAMS / "torchrun"), "--nproc_per_node=2", "--master_port={port}"],
-    "deepspeed": [str(PROGRAMS / "deepspeed"), "--num_gpus=2", "--master_port={port}"],
+    "python": [sys.executable, "{file}"],
+    "mixar": [sys.executable, "-m", "mixar", "train"],
+    "torchrun": [str(PROGRAMS / "torchrun"), "--nproc_per_node=2", "--master_port={port}", "{file}"],
+    "deepspeed": [str(PROGRAMS / "deepspeed"), "--num_gpus=2", "--master_port={port}", "{file}"],
 }
 
 
 def launch(home: Path, run: Path, launcher: str, log: Path) -> subprocess.Popen:
     """A run as a session of its own, once it has trained a few steps."""
-    begin = [part.format(port=free_port()) for part in LAUNCHERS[launcher]]
+    file, *given = train(home, run, *ENDLESS)
+    begin = [part.format(port=free_port(), file=file) for part in LAUNCHERS[launcher]]
     env = os.environ | {"PATH": f"{PROGRAMS}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [*begin, *train(home, run, *ENDLESS)], env=env, stdout=log.open("w"), stderr=subprocess.STDOUT,
+        [*begin, *given], env=env, stdout=log.open("w"), stderr=subprocess.STDOUT,
         start_new_session=True,
     )  # fmt: skip
     while not (run / "metrics.jsonl").exists() or len(records(run)) < 3:
@@ -49,6 +51,8 @@ def left(run: Path) -> bool:
         ("python", "SIGHUP", "group"),  # a closed terminal
         ("python", "SIGUSR2", "group"),
         ("python", "SIGTERM", "process"),
+        ("mixar", "SIGTERM", "process"),
+        ("mixar", "SIGINT", "group"),
         ("torchrun", "SIGTERM", "group"),
         ("torchrun", "SIGTERM", "process"),
         ("torchrun", "SIGUSR2", "process"),  # of which torchrun dies, and tells its ranks nothing
@@ -72,7 +76,7 @@ def test_every_end_that_is_asked_for_keeps_a_checkpoint(home, tmp_path, launcher
     (kept,) = complete_checkpoints(run)
     assert int(kept.name) >= records(run)[-1]["images"]
     assert "stopped by a signal after step" in (run / "log.txt").read_text()
-    if launcher == "python":  # a launcher says more of its own
+    if launcher in ("python", "mixar"):  # a launcher says more of its own
         assert "Traceback" not in told
         assert status == (130 if name == "SIGINT" else 0)
 
