@@ -7,20 +7,10 @@ import select
 import sys
 
 from mixar import __version__
+from mixar.command_line import VERBS, verb_parser
 from mixar.errors import UserError, report
 from mixar.verbs.process import interruptible
 
-VERBS = {
-    "configs": ("mixar.verbs.configs", "the configs that travel with mixar: list, show, copy"),
-    "prepare": ("mixar.verbs.prepare", "images to shards of latents and tokens"),
-    "train": ("mixar.train", "train a codec, the prior or MixAR; again resumes"),
-    "sample": ("mixar.verbs.sample", "generate images from a run or an export"),
-    "evaluate": ("mixar.verbs.evaluate", "FID, Inception Score, precision and recall, with a receipt"),
-    "export": ("mixar.verbs.export", "the EMA weights of a run, with codecs and prior"),
-    "demo": ("mixar.verbs.demo", "the whole method on small images, on a CPU, in minutes"),
-    "plan": ("mixar.verbs.plan", "parameters, work, memory and planned speed of a config"),
-    "doctor": ("mixar.verbs.doctor", "versions, devices, shards: is this machine ready"),
-}
 EXTRAS = {"deepspeed": "train", "streaming": "train", "tensorboard": "train", "mlxtend": "demo"}  # of pyproject.toml
 
 
@@ -43,8 +33,8 @@ def _run(given: list[str]) -> int:
         with interruptible():
             verb = _parser().parse_args(given[:1]).verb
             prog = f"mixar {verb}"
-            module = importlib.import_module(VERBS[verb][0])  # only this verb's libraries are imported
-            module.run(verb_parser(verb).parse_intermixed_args(given[1:]))
+            args = verb_parser(verb).parse_intermixed_args(given[1:])
+            importlib.import_module(VERBS[verb].module).run(args)  # only this verb's libraries are imported
     except SystemExit as end:  # argparse's: after --help, or of a wrong flag
         return int(end.code or 0)
     except (UserError, KeyboardInterrupt) as error:
@@ -57,21 +47,11 @@ def _run(given: list[str]) -> int:
     return 0
 
 
-def verb_parser(verb: str) -> argparse.ArgumentParser:
-    """What reads the arguments of one of `VERBS`."""
-    module = importlib.import_module(VERBS[verb][0])
-    parser = argparse.ArgumentParser(
-        prog=f"mixar {verb}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    module.add_arguments(parser)
-    return parser
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mixar", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="MixAR: image generation by continuous masked autoregression, guided by discrete tokens.",
-        epilog="verbs:\n" + "\n".join(f"  {verb:<9} {about}" for verb, (_, about) in VERBS.items())
+        epilog="verbs:\n" + "\n".join(f"  {verb:<9} {about}" for verb, (_, _, about) in VERBS.items())
         + "\n\n`mixar VERB --help` tells more; `mixar demo` is the place to start.",
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"mixar {__version__}")

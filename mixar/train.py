@@ -1,7 +1,4 @@
-"""Train what a config describes: config -> place -> data -> objective -> trainer. The same command again resumes.
-
-python mixar/train.py CONFIG [key=value ...] [--dry-run]
-"""
+"""Train what a config describes: config -> place -> data -> objective -> trainer. The same command again resumes."""
 
 import sys
 from pathlib import Path
@@ -23,6 +20,7 @@ import torch.distributed as c10d
 from mixar import dist
 from mixar.checkpoint import RunDirectory, complete_checkpoints
 from mixar.codecs import LatentNorm
+from mixar.command_line import verb_parser
 from mixar.config import Config, check_inputs, images_a_pass, load_config, to_yaml
 from mixar.data.batch import Source
 from mixar.data.images import ImageSource, training_images
@@ -194,14 +192,6 @@ def latent_norm(cfg: Config, manifest: Manifest | None = None) -> LatentNorm:
     return LatentNorm(torch.tensor(manifest.latent_mean), torch.tensor(manifest.latent_std))
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="yaml file, such as configs/mixar_l.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.batch=256")
-    parser.add_argument("--dry-run", action="store_true", help="print what would run, and start nothing")
-    parser.add_argument("--trust-pickle", action="store_true", help="the same as trust_pickle=true")
-    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-
-
 def run(args: argparse.Namespace) -> None:
     overrides = args.overrides + ["trust_pickle=true"] * args.trust_pickle
     if args.dry_run:
@@ -243,10 +233,8 @@ def _tell(end: BaseException | None, run: RunDirectory | None = None) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
     try:
-        args = parser.parse_intermixed_args()
+        args = verb_parser("train").parse_intermixed_args()
     except SystemExit as end:  # after --help, or of a wrong flag
         if end.code:
             _tell(end)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from mixar.__main__ import EXTRAS
+from mixar.command_line import VERBS
 from mixar.evaluation.classifier import save_classifier, train_classifier
 
 ROOT = Path(__file__).parents[1]
@@ -155,3 +156,12 @@ def test_a_reader_that_has_gone_is_no_traceback(arguments: str, status: int) -> 
     )
     os.close(write)
     assert done.returncode == status and "Error" not in done.stderr
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_help_imports_no_torch(verb: str) -> None:
+    code = f"import sys; from mixar.__main__ import main; main({[*verb.split(), '--help']})"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; print('torch' in sys.modules)"], capture_output=True, text=True, check=True
+    )
+    assert "usage: mixar" in done.stdout and done.stdout.endswith("False\n")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mixar.__main__ import VERBS, verb_parser
+from mixar.command_line import VERBS, verb_parser
 from mixar.config import load_config
 from mixar.errors import UserError
 
@@ -153,7 +153,7 @@ def test_commands_of_the_docs_can_be_read(path: Path) -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_commands_of_the_help_can_be_read(verb: str) -> None:
     text = verb_parser(verb).description or ""
-    found = re.findall(r"^ *((?:srun \S+ |python )?mixar(?: |/train\.py).*)$", text, re.M)
+    found = re.findall(r"^ *((?:srun \S+ )?mixar .*)$", text, re.M)
     assert found
     for line in found:
         parse(re.split("  +", line)[0])

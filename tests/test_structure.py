@@ -17,6 +17,7 @@ FLOORS = (
     "resources",
     "ops files",
     "config weights dist",
+    "command_line",
     "codecs prior mixing",
     "model",
     "data engine sampling metrics",

@@ -1,23 +1,10 @@
-"""The configs that travel with mixar. Each is one complete run, and its name does where a file would.
-
-    mixar configs                          their names, and what they are
-    mixar configs mixar_l                  the file itself
-    mixar configs mixar_l --copy DIR       a copy to change; without a name, copies of all
-
-A copy never replaces a file.
-"""
+"""The configs that travel with mixar. Each is one complete run, and its name does where a file would."""
 
 import argparse
-from pathlib import Path
 
 from mixar.errors import UserError
 from mixar.files import write_text
 from mixar.resources import CONFIGS, config_names
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", choices=config_names(), metavar="NAME", help="such as mixar_l or demo/mixar")
-    parser.add_argument("--copy", type=Path, metavar="DIR", help="write copies into this folder")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,11 +1,4 @@
-"""The whole method on small images, on a CPU, in minutes: codecs, shards, prior, MixAR, samples, scores, a picture.
-
-    mixar demo                   5,000 digits that ship with a package: nothing is downloaded
-    mixar demo --images DIR      your images, classes from the sub-folders
-    mixar demo --compare         none, DC-Mix, DC-SA and DC-CA side by side, as in the paper's tables
-
-Interrupted, the same command goes on where it stopped.
-"""
+"""The whole method on small images, on a CPU, in minutes: codecs, shards, prior, MixAR, samples, scores, a picture."""
 
 import argparse
 import hashlib
@@ -305,15 +298,6 @@ def median_step(run: Path, batch: int) -> float:
     lines = (run / "metrics.jsonl").read_text().splitlines()
     rates = torch.tensor([json.loads(line)["images_per_second"] for line in lines])
     return batch / rates.median().item()
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--images", default="digits", help="a folder of images, or a built-in set (default: digits)")
-    parser.add_argument("--out", type=Path, help="default: runs/demo, or runs/demo-short")
-    parser.add_argument(
-        "--short", action="store_true", help="every stage in about a minute, to see that all of it runs"
-    )
-    parser.add_argument("--compare", action="store_true", help="train the four guidances side by side")
 
 
 def run(args: argparse.Namespace) -> None:

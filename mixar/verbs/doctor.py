@@ -1,11 +1,4 @@
-"""Is this machine ready: versions, devices, memory, compilers; with a config also its folders, shards and weights.
-
-    mixar doctor [CONFIG] [key=value ...]
-    srun --ntasks-per-node=8 mixar doctor CONFIG          every rank checks its place; so under torchrun -m mixar doctor
-
-Of several ranks the first one's findings are shown, then where other nodes differ, and a timed all-reduce. A line is
-`ok`, a `note` (it works, within the limit told), or `bad` (it will fail).
-"""
+"""Is this machine ready: versions, devices, memory, compilers; with a config also its folders, shards and weights."""
 
 import argparse
 import importlib
@@ -235,10 +228,6 @@ def weights(cfg: Config) -> Iterator[Finding]:
             yield Finding("bad", f"{kind}.weights={path}: {error}")
         else:
             yield Finding("ok", f"{kind}.weights={path} can be loaded")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("given", nargs="*", metavar="CONFIG key=value", help="a run to check for, both parts optional")
 
 
 def run(args: argparse.Namespace) -> None:

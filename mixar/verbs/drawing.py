@@ -1,4 +1,4 @@
-"""What `sample` and `evaluate` share: the sampling flags, and a folder of samples that says how it was drawn."""
+"""What `sample` and `evaluate` share: samples that flags ask for, and a folder that says how they were drawn."""
 
 import argparse
 import hashlib
@@ -19,7 +19,8 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from mixar.config import ORDERS, PRECISIONS, PRESETS, SampleConfig, load_config, to_dict
+from mixar.command_line import FLAGS, flag
+from mixar.config import PRESETS, SampleConfig, load_config, to_dict
 from mixar.errors import UserError
 from mixar.evaluation.images import write_npz
 from mixar.files import replacing, sync, write_json
@@ -32,46 +33,6 @@ RECORD = "sampling.json"
 NPZ = "samples.npz"
 PARTS = ".samples"  # folder of what is drawn already of an npz, a batch a file
 LONGEST = 245  # bytes of a name: file systems take 255, and endings are put to it
-
-
-def _interval(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
-
-
-_FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "seed": (int, "of the first image: image i has seed + i, and depends on that alone"),
-    "steps": (int, "autoregressive steps"),
-    "order": (str, f"of the positions: {' or '.join(ORDERS)}"),
-    "solver": (str, "of the denoising: ddpm, or dpm, which takes fewer steps"),
-    "diffusion_steps": (str, "denoising steps of a token: 100, ddim50, or 10,5"),
-    "diffusion_steps_end": (int, "DiSA: what the denoising steps fall to over the autoregressive steps"),
-    "diffusion_start": (int, "training step that denoising starts from, 999 or below"),
-    "guidance": (float, "classifier-free guidance; 1 is none"),
-    "guidance_interval": (_interval, "share of the autoregressive steps that are guided, such as 0.25,1"),
-    "temperature": (float, "of the denoising noise"),
-    "prior_steps": (int, "steps of the discrete prior"),
-    "prior_guidance": (float, "guidance of the discrete prior; 0 is none"),
-    "batch": (int, "images at a time; it changes the speed only"),
-}
-# what a grid can vary; the seed and the batch change no quality, and an interval has a comma of its own
-AXES = ("preset", *(name for name in _FLAGS if name not in ("seed", "batch", "guidance_interval")))
-
-
-def add_sampling_arguments(parser: argparse.ArgumentParser, count: str) -> None:
-    """Add the flags that `Drawing.of` reads; `count` says how many are drawn without --count."""
-    parser.add_argument("--labels", help="classes to draw in turn, such as 3,7,7 or 0-9 (default: all)")
-    parser.add_argument("--count", type=int, help=f"images (default: {count})")
-    for name, (kind, about) in _FLAGS.items():
-        parser.add_argument(_flag(name), type=kind, help=f"{about} (default: the export's)")
-    parser.add_argument("--preset", choices=PRESETS, help="settings to start from, which the flags above change")
-    parser.add_argument("--precision", choices=PRECISIONS, help="default: the faster one of the device")
-    parser.add_argument("--compile", action="store_true", help="for many images on a GPU: the head in a CUDA graph")
-
-
-def sampling_flags(args: argparse.Namespace) -> list[str]:
-    """Those of the sampling flags that are given."""
-    names = ("labels", "count", "preset", "precision", "compile", *_FLAGS)
-    return [_flag(name) for name in names if getattr(args, name) not in (None, False)]
 
 
 @dataclass(frozen=True)
@@ -105,9 +66,9 @@ class Drawing:
         """
         if args.count is not None and args.count < 1:
             raise UserError(f"--count {args.count} draws nothing: write --count 1 or more")
-        asked = {name: getattr(args, name) for name in ("preset", *_FLAGS) if getattr(args, name) is not None}
+        asked = {name: getattr(args, name) for name in ("preset", *FLAGS) if getattr(args, name) is not None}
         turn = None if args.labels is None else parse_labels(args.labels)
-        with naming(flag):
+        with naming(lambda name: f"{flag(name)} "):
             check_settings(asked)
             pipeline = MixARPipeline.from_pretrained(args.path, precision=args.precision, compile=args.compile)
             weights = {name: fingerprint(network.state_dict()) for name, network in pipeline.networks.items()}
@@ -133,7 +94,7 @@ class Drawing:
         parts = [f"{self.pipeline.settings.seed}-{self.count}"]
         parts += [f"labels-{self.classes}"] if self.classes else []
         parts += [self.asked["preset"]] if "preset" in self.asked else []
-        said = [name for name in _FLAGS if name in self.asked and name not in ("seed", "batch")]
+        said = [name for name in FLAGS if name in self.asked and name not in ("seed", "batch")]
         name = "-".join([*parts, *(f"{name}-{self.asked[name]}".replace(" ", "") for name in said)])
         whole = name.encode()
         if len(whole) > LONGEST:
@@ -317,7 +278,7 @@ def parse_setting(name: str, text: str) -> Any:
         if text not in PRESETS:
             raise UserError(f"sample.preset={text} is not known: write one of {', '.join(PRESETS)}")
         return text
-    kind, _ = _FLAGS[name]
+    kind, _ = FLAGS[name]
     try:
         value = kind(text)
     except ValueError:
@@ -347,12 +308,3 @@ def naming(how: Callable[[str], str]) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(re.sub(r"sample\.(\w+)=", lambda key: how(key[1]), str(error))) from None
-
-
-def flag(name: str) -> str:
-    """How the command line begins to say a setting: `--name `."""
-    return f"{_flag(name)} "
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

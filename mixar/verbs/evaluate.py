@@ -1,41 +1,16 @@
-"""Score images against a reference: Frechet distance, Inception Score, precision and recall, with a JSON receipt.
-
-    mixar evaluate runs/mixar_l --reference imagenet.npz                           draws 50,000 images and scores them
-    mixar evaluate --samples DIR --reference DIR --crop 256                        scores what is there
-    mixar evaluate --reference DIR --crop 256 --save-statistics imagenet.npz       keeps a reference for later
-    mixar evaluate runs/mixar_l --reference imagenet.npz --grid steps=8,64 guidance=2,3 --repeats 3
-                                                                                   speed against quality, at each point
-
-A distance is called FID only where it is one: published Inception weights and 50,000 samples. Samples are kept, so the
-same command goes on where it stopped. A grid draws the same seeds and labels at each point, in the folders of `mixar
-sample`, and writes PATH/eval/<name>-grid.json with a table (.md) and a plot (.png).
-"""
+"""Score images against a reference: Frechet distance, Inception Score, precision and recall, with a JSON receipt."""
 
 import argparse
 import os
 from pathlib import Path
 
+from mixar.command_line import sampling_flags
 from mixar.errors import UserError
 from mixar.evaluation.receipt import FID_IMAGES
-from mixar.verbs.drawing import AXES, Drawing, add_sampling_arguments, place, sampling_flags
-from mixar.verbs.grid import DEFAULT, Drawings, grid_drawings, parse_grid, run_grid
+from mixar.verbs.drawing import Drawing, place
+from mixar.verbs.grid import Drawings, grid_drawings, parse_grid, run_grid
 from mixar.verbs.process import check_writable
 from mixar.verbs.scoring import Scorer, open_reference, open_samples
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", nargs="?", metavar="PATH", help="run directory or export folder to draw samples from")
-    parser.add_argument("--samples", metavar="PATH", help="folder of images, or npz, to score instead")
-    parser.add_argument("--reference", required=True, help="images: folder, npz or built-in set; or npz of statistics")
-    parser.add_argument("--crop", type=int, metavar="SIZE", help="crop a folder of reference images, as ADM does")
-    parser.add_argument("--extractor", default="inception", help="inception, inception=FILE, or a classifier's export")
-    parser.add_argument("--reconstructions", action="store_true", help="the samples are reconstructions: an rFID")
-    parser.add_argument("--save-statistics", metavar="FILE", help="keep the reference's statistics as an npz")
-    parser.add_argument("--out", metavar="FILE", help="the receipt or grid; default: PATH/eval/<seed>-<count>.json")
-    axes = f"{', '.join(AXES)} (default: {' '.join(DEFAULT)}, and the presets)"
-    parser.add_argument("--grid", nargs="*", metavar="NAME=V,V", help=f"draw and score each point of a grid: {axes}")
-    parser.add_argument("--repeats", type=int, metavar="N", help="score each point of the grid on N ranges of seeds")
-    add_sampling_arguments(parser, f"{FID_IMAGES}")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,12 +1,4 @@
-"""Write the EMA weights of a run's newest checkpoint as a release: safetensors, config.json, codecs and prior.
-
-    mixar export runs/mixar_l
-    mixar export runs/mixar_l vae.weights=PATH tokenizer.weights=PATH prior.weights=PATH --out release
-    mixar export configs/mar_b.yaml vae.weights=kl16.ckpt --weights mar_base/checkpoint-last.pth --out mar_b
-
-The last one turns a public MAR checkpoint into a release to sample from. A run may be training meanwhile. Codecs and
-prior are included where the config, or a key=value here, names them.
-"""
+"""Write the EMA weights of a run's newest checkpoint as a release: safetensors, config.json, codecs and prior."""
 
 import argparse
 from pathlib import Path
@@ -23,14 +15,6 @@ from mixar.train import build_objective, describe_data, latent_norm, open_source
 from mixar.weights import holds, load_strict, read_public
 
 CPU = torch.device("cpu")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="run directory; with --weights the config of those weights")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as vae.weights=PATH")
-    parser.add_argument("--weights", metavar="FILE", help="a public MAR checkpoint, in place of a run's")
-    parser.add_argument("--trust-pickle", action="store_true", help="read checkpoints that hold more than tensors")
-    parser.add_argument("--out", metavar="DIR", help="default: RUN/exports/<images>-ema")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -16,11 +16,12 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from mixar.command_line import AXES, GRID, flag
 from mixar.config import PRESETS, SampleConfig, to_dict
 from mixar.environment import environment
 from mixar.errors import UserError, did_you_mean
 from mixar.files import replacing, write_json, write_text
-from mixar.verbs.drawing import AXES, Drawing, differences, naming, parse_setting, place
+from mixar.verbs.drawing import Drawing, differences, naming, parse_setting, place
 from mixar.verbs.plot import Mark, draw_plot
 from mixar.verbs.process import check_writable
 from mixar.verbs.scoring import Scorer
@@ -28,7 +29,6 @@ from mixar.verbs.scoring import Scorer
 Settings = dict[str, Any]
 Row = dict[str, Any]
 Drawings = list[tuple[Settings, list[Drawing]]]  # what is drawn at each point, a range of seeds each
-DEFAULT = ["steps=4,8,16", "diffusion_steps=4,8,25", "prior_steps=4,8,16"]
 
 
 def parse_grid(texts: list[str], given: list[str]) -> list[Settings]:
@@ -42,7 +42,7 @@ def parse_grid(texts: list[str], given: list[str]) -> list[Settings]:
         UserError: no such axis or value, an axis twice, or one that a flag holds fixed.
     """
     axes: dict[str, list[Any]] = {}
-    for text in texts or DEFAULT:
+    for text in texts or GRID:
         name, equals, values = text.partition("=")
         if not equals:
             raise UserError(f"--grid {text} is no axis: write such as steps=4,8, and name the run before --grid")
@@ -54,9 +54,8 @@ def parse_grid(texts: list[str], given: list[str]) -> list[Settings]:
         with naming(lambda key: f"--grid {key}="):
             axes[name] = list(dict.fromkeys(parse_setting(name, value) for value in values.split(",")))
     for name in axes if texts else [*axes, "preset"]:
-        flag = "--" + name.replace("_", "-")
-        if flag in given:
-            instead = f"drop {flag}" if texts else f"drop {flag}, or name the axes, such as --grid guidance=1,2,3"
+        if (fixed := flag(name)) in given:
+            instead = f"drop {fixed}" if texts else f"drop {fixed}, or name the axes, such as --grid guidance=1,2,3"
             raise UserError(f"--grid tries its own {name}: {instead}")
     points = [dict(zip(axes, values)) for values in product(*axes.values())]
     return points if texts else [*points, *({"preset": name} for name in PRESETS)]
@@ -69,7 +68,7 @@ def grid_drawings(drawing: Drawing, points: list[Settings], repeats: int) -> Dra
         UserError: settings that do not go together or that the model cannot follow; samples of others in the way.
     """
     if drawing.pipeline.prior is None and any("prior_steps" in point for point in points):
-        raise UserError(f"this model has no prior to vary prior_steps of: write such as --grid {' '.join(DEFAULT[:2])}")
+        raise UserError(f"this model has no prior to vary prior_steps of: write such as --grid {' '.join(GRID[:2])}")
     first, found = drawing.pipeline.settings.seed, []
     for point in points:
         try:

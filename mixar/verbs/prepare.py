@@ -1,11 +1,4 @@
-"""Turn images into shards: both flips' latent moments and discrete tokens, label and key, and a manifest.
-
-    mixar prepare CONFIG data.images=DIR --list
-    mixar prepare CONFIG data.images=DIR data.shards=OUT vae.weights=PATH tokenizer.weights=PATH
-
-Several ranks share the work: the elements of a Slurm array, the tasks of an srun step, --rank and --world, or just the
-same command several times. Each returns when the set is complete. An interrupted run goes on where it stopped.
-"""
+"""Turn images into shards: both flips' latent moments and discrete tokens, label and key, and a manifest."""
 
 import argparse
 import os
@@ -26,24 +19,6 @@ from mixar.errors import UserError
 from mixar.objectives.frozen import Frozen
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="yaml file, such as configs/mixar_l.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.images=/data/imagenet/train")
-    parser.add_argument(
-        "--list", action="store_true", help="only show classes, counts, sizes, modes and what would be skipped"
-    )
-    parser.add_argument(
-        "--verify", action="store_true", help="decode 16 images of finished shards to <shards>/verify.png"
-    )
-    parser.add_argument(
-        "--pre-draw", action="store_true", help="also draw TI-Mix's tokens beforehand, for ti_mix.source=shards"
-    )
-    parser.add_argument("--trust-pickle", action="store_true", help="read checkpoints that hold more than tensors")
-    rank, world = slurm_share()
-    parser.add_argument("--rank", type=int, default=rank, help="default: by the array element and the task of srun")
-    parser.add_argument("--world", type=int, default=world, help="default: likewise")
-
-
 def slurm_share() -> tuple[int, int]:
     """(rank, world) over the tasks of this srun step in all elements of this array job; (0, 1) outside of both."""
     given = {name.removeprefix("SLURM_"): value for name, value in os.environ.items()}
@@ -58,11 +33,10 @@ def slurm_share() -> tuple[int, int]:
 
 
 def run(args: argparse.Namespace) -> None:
-    if not 0 <= args.rank < args.world:
-        last = args.world - 1
-        raise UserError(
-            f"no rank {args.rank} of {args.world}: write --rank 0 to {last}; of a Slurm array, --array=0-{last}"
-        )
+    rank, world = (own if given is None else given for given, own in zip((args.rank, args.world), slurm_share()))
+    if not 0 <= rank < world:
+        last = world - 1
+        raise UserError(f"no rank {rank} of {world}: write --rank 0 to {last}; of a Slurm array, --array=0-{last}")
     cfg = load_config(args.config, args.overrides + ["trust_pickle=true"] * args.trust_pickle)
     if args.list:
         print(survey(training_images(replace(cfg.data, classes=sys.maxsize)), cfg.data))
@@ -71,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     if args.verify:
         show(cfg, folder / "verify.png")
     else:
-        make(cfg, args.pre_draw, args.rank, args.world)
+        make(cfg, args.pre_draw, rank, world)
 
 
 def show(cfg: Config, out: Path) -> None:

@@ -1,11 +1,4 @@
-"""Generate images from a run directory or an export folder.
-
-    mixar sample runs/mixar_l --labels 207,360 --count 16 --grid
-    mixar sample runs/mixar_l --count 50000 --npz
-
-PNGs are named <seed>-<label>.png. Image i is drawn from seed + i alone: the batch, the count and the order of the
-others do not change it. The same command goes on where it stopped.
-"""
+"""Generate images from a run directory or an export folder."""
 
 import argparse
 from pathlib import Path
@@ -16,19 +9,10 @@ from torchvision.utils import save_image
 
 from mixar.errors import UserError
 from mixar.files import replacing
-from mixar.verbs.drawing import NPZ, RECORD, Drawing, add_sampling_arguments
+from mixar.verbs.drawing import RECORD, Drawing
 from mixar.verbs.process import check_writable
 
 GRID = 64  # images on a grid at most
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="run directory (its newest export) or export folder")
-    add_sampling_arguments(parser, "one of each class in turn")
-    parser.add_argument("--out", metavar="DIR", help="default: PATH/samples/<seed>-<count>, beside PATH for an export")
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--grid", action="store_true", help=f"also show the first {GRID} in one picture, <out>-grid.png")
-    form.add_argument("--npz", action="store_true", help=f"write {NPZ} in ADM's form instead of PNGs")
 
 
 def run(args: argparse.Namespace) -> None:
