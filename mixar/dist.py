@@ -22,6 +22,7 @@ import torch
 import torch.distributed as c10d
 
 from mixar.errors import PassingError, UserError
+from mixar.signals import end_at_once
 
 T = TypeVar("T")
 
@@ -99,6 +100,8 @@ def start(timeout: float) -> Place:
     """
     place = find()
     store = None
+    if place.world > 1:
+        end_at_once()
     if place.launcher == "srun":
         os.environ.update(_from_slurm())  # torch and DeepSpeed look for these names, whatever the launcher
         if place.world > 1 and "MASTER_PORT" not in os.environ:

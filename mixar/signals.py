@@ -26,6 +26,16 @@ def held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def end_at_once() -> None:
+    """Let the signals that do what Ctrl-C does, but for Ctrl-C itself, end this process without a word.
+
+    While it waits for other ranks, torch gives python no chance to handle them.
+    """
+    for number in STOPPING:
+        if number != signal.SIGINT and signal.getsignal(number) is signal.default_int_handler:
+            signal.signal(number, signal.SIG_DFL)
+
+
 class Signals(AbstractContextManager):
     """Takes the signals that ask for an end, so that a run can end between two steps. Put back on leaving.
 

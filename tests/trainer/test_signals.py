@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mixar.checkpoint import complete_checkpoints
-from tests.home import free_port, records, start_ranks
+from tests.home import free_port, rank_environments, records, start_ranks
 from tests.home import train_arguments as train
 
 PROGRAMS = Path(sys.executable).parent
@@ -110,3 +111,21 @@ def test_a_signal_to_one_rank_s_group_stops_all(home, tmp_path) -> None:
     os.killpg(processes[1].pid, signal.SIGTERM)
     assert [process.wait(120) for process in processes] == [0, 0]
     assert len(complete_checkpoints(run)) == 1
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_a_rank_that_waits_for_others_ends_at_once() -> None:
+    place = rank_environments(2)[0]
+    process = subprocess.Popen([sys.executable, "-m", "mixar", "doctor"], env=os.environ | place)
+    try:
+        while not listens(int(place["MASTER_PORT"])):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(60) == -signal.SIGTERM
+    finally:
+        process.kill()
