@@ -89,7 +89,7 @@ class Loader:
                 yield batch
         finally:
             if workers:
-                batches._shutdown_workers()  # type: ignore[attr-defined] - as its end does, which an error would delay
+                batches._shutdown_workers()  # type: ignore[attr-defined] # what its end does, were there no error
             for worker in workers:
                 worker.kill()  # one may wait for a disk or a remote, deaf to anything milder
 
