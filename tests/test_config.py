@@ -311,7 +311,7 @@ def test_what_a_run_will_read_is_looked_for(tmp_path: Path) -> None:
     check_inputs(load_config(None, ["task=vae", *weights]), resumes=False)
     (tmp_path / "prior").mkdir()
     with pytest.raises(UserError, match=r"^tokenizer.weights=\S+ is not there: write tokenizer.weights=<its path>$"):
-        check_inputs(load_config(None, weights[1:]))
+        check_inputs(load_config(None, weights[1:]), resumes=False)
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: str(path.relative_to(CONFIGS)))

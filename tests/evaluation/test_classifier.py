@@ -1,5 +1,8 @@
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mixar.errors import UserError
 from mixar.evaluation import evaluate
@@ -73,6 +76,9 @@ def test_one_class_is_told_apart_by_its_turns(digits, tmp_path):
 def test_a_classifier_of_broken_weights_scores_nothing(digits, export, tmp_path):
     classifier, accuracy = load_classifier(export)
     classifier.embedding.bias.data[0] = float("nan")
-    save_classifier(tmp_path / "export", classifier, accuracy)
+    with pytest.raises(UserError, match="weights that are not finite"):
+        save_classifier(tmp_path / "export", classifier, accuracy)
+    shutil.copytree(export, tmp_path / "export")
+    save_file(classifier.state_dict(), tmp_path / "export" / "model.safetensors")  # as of a version that wrote them
     with pytest.raises(UserError, match="no finite features"):
         evaluate([digits[0][:8]], [digits[0][8:16]], make_extractor(str(tmp_path / "export")))

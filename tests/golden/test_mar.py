@@ -116,7 +116,8 @@ def test_head(diffloss: Fixture) -> None:
     with torch.no_grad():
         assert_close(torch.cat(head(given["x"], given["t"], given["c"]), -1), expected["out.net"], 3e-6, "net")
         assert_close(head.time_embed(given["t"]), expected["out.time_embed"], 3e-6, "time_embed")
-        assert_close(timestep_embed(given["t"]), expected["out.time_sinusoid"], 3e-6, "sinusoid")
+        # processors differ by a unit in the last place of the frequencies, which is 6e-5 of an angle at t = 999
+        assert_close(timestep_embed(given["t"]), expected["out.time_sinusoid"], 6e-5, "sinusoid")
         # guided forward: the noisy tokens of the first half serve both halves, v stays unguided
         half = len(given["x"]) // 2
         both, v = head(given["x"][:half].repeat(2, 1), given["t"], given["c"])
