@@ -25,6 +25,7 @@ PROGRAM = r"(?:\.venv/bin/)?mixar \w|make \w|python -m \w|torchrun |deepspeed |s
 RUN = {
     "mixar train CONFIG --dry-run": "",
     "mixar plan CONFIG --gpus 32 --gpu h100": "train.batch=512",  # the demo's own is too small for 32
+    "mixar plan CONFIG --print run_dir": "",
     "mixar sample RUN --labels 3,7 --count 16 --steps 64 --guidance 3 --seed 0 --grid": "",
     "mixar export RUN --out FOLDER": "",
     "mixar doctor CONFIG": "",
@@ -40,6 +41,7 @@ PARSED = (
     "mixar demo --compare",
     "mixar train CONFIG [key=value ...]",
     "mixar prepare CONFIG data.images=DIR",
+    "mixar prepare CONFIG data.images=DIR --list",
     "mixar sample RUN --count 50000 --npz --preset fast --compile",
     "mixar evaluate RUN --count 50000 --reference data/imagenet/val --crop 256 --extractor inception",
     "mixar evaluate RUN --reference data/imagenet/val --crop 256 --grid steps=8,64 guidance=2,3",
