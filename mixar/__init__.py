@@ -6,10 +6,11 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# OpenMP reads this as torch is loaded. Threads that wait are to sleep: spinning, they take the cores from whoever else
-# has work, and training beside one busy process falls to a fraction. A program that loaded torch before has decided.
-if "torch" not in sys.modules:
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# OpenMP reads this as torch is loaded. Threads that wait are to spin for a moment only, then sleep: by default they
+# take the cores from whoever else has work, and training beside one busy process falls to a tenth. A program that
+# loaded torch before has decided, and so has a user who set how to wait.
+if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def __getattr__(name: str) -> Any:
