@@ -3,7 +3,6 @@
 config.yaml env.json log.txt metrics.jsonl tb/ replay/ checkpoints/<images>/ exports/<images>-ema/ samples/ eval/
 """
 
-import errno
 import fcntl
 import json
 import shlex
@@ -95,7 +94,7 @@ class RunDirectory:
                 f"another process is training in {self.path}: wait for it, or write run_dir=<another folder>"
             ) from None
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            if error.errno not in files.LOCKLESS:
                 raise
             return lock, f"the file system has no locks ({error.strerror})"
         return lock, None

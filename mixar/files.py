@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all, on the disk before they have their name."""
 
+import errno
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 
 from mixar.errors import UserError
 
+LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what locking fails with on a file system without locks
 PART = ".part"  # ends the name of what is being written; after a kill, it may be left
 
 

@@ -179,8 +179,12 @@ def write_export(
         write_network(aside, kind, config, state, **extra)
 
 
-def write_network(folder: Path, kind: str, config: dict[str, Any], state: Mapping[str, Tensor], **extra: Any) -> None:
-    """The files of an export into `folder`, which is just being made; arguments and errors as `write_export`."""
+def write_network(folder: Path, kind: str, config: dict[str, Any], state: Mapping[str, Tensor], **extra: Any) -> str:
+    """The files of an export into `folder`, which is just being made; arguments and errors as `write_export`.
+
+    Returns:
+        The fingerprint of the weights.
+    """
     if name := next((name for name, value in state.items() if not torch.isfinite(value).all()), None):
         raise UserError(f"the {kind} has weights that are not finite, {name} for one: take an earlier checkpoint")
     folder.mkdir(exist_ok=True)
@@ -189,8 +193,10 @@ def write_network(folder: Path, kind: str, config: dict[str, Any], state: Mappin
         save_file(weights, folder / "model.safetensors")
     except SafetensorError as error:  # what it makes of a full disk
         raise OSError(errno.EIO, str(error)) from None
-    about = {"kind": kind, "version": __version__, "fingerprint": fingerprint(state), "config": config}
+    known = fingerprint(state)
+    about = {"kind": kind, "version": __version__, "fingerprint": known, "config": config}
     write_json(folder / "config.json", about | extra)
+    return known
 
 
 def is_export(path: str | Path) -> bool:

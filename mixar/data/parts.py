@@ -19,13 +19,12 @@ from tqdm import tqdm
 
 from mixar.data.manifest import PART
 from mixar.errors import PassingError, UserError
-from mixar.files import creating_folder, write_json
+from mixar.files import LOCKLESS, creating_folder, write_json
 
 HASH = "xxh3_64"
 SIZE = 1024  # rows a part: all that a kill can cost; a shard of 68 MB where images are of 256 pixels
 LOCK = ".lock"  # its byte p is locked by the process that writes part p
 POLL = 1  # seconds between two looks at what others still write
-UNLOCKABLE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system without locks
 
 Row = dict[str, Any]
 RowsOf = Callable[[Iterator[range]], Iterator[tuple[range, Iterator[Row], dict[str, Any]]]]
@@ -129,7 +128,7 @@ class Parts:
             # a lock of the process: unlike flock's, the loader's workers do not inherit it, and it ends with a kill
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, part)
         except OSError as error:
-            if error.errno in UNLOCKABLE:
+            if error.errno in LOCKLESS:
                 self._lockless = True
             elif error.errno in (errno.EAGAIN, errno.EACCES):
                 return False

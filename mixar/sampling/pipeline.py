@@ -31,7 +31,6 @@ from mixar.sampling.autoregressive import compiled_predict, predict, sample_toke
 from mixar.weights import (
     describe_export,
     find_export,
-    fingerprint,
     is_export,
     load_strict,
     read_export,
@@ -140,15 +139,15 @@ class MixARPipeline:
         Raises:
             UserError: the folder exists.
         """
-        frozen = {kind: network for kind, network in self.networks.items() if kind != "model"}
-        about |= {"networks": {kind: fingerprint(network.state_dict()) for kind, network in frozen.items()}}
-        about |= {"latents": self.norm.to_dict()}
+        networks: dict[str, str] = {}  # the fingerprints of the frozen ones
+        about |= {"latents": self.norm.to_dict(), "networks": networks}
         model = to_dict(self.model.config) | {"attention": "auto"}  # what trained it need not be where it samples
         with creating_folder(path, replace) as aside:
+            for kind, network in self.networks.items():
+                if kind != "model":  # where its weights once lay means nothing to who gets the folder
+                    section = to_dict(network.config) | {"weights": None}
+                    networks[kind] = write_network(aside / kind, kind, section, network.state_dict())
             write_network(aside, "mixar", model, self.model.state_dict(), sample=to_dict(self.settings), **about)
-            for kind, network in frozen.items():  # where its weights once lay means nothing to who gets the folder
-                section = to_dict(network.config) | {"weights": None}
-                write_network(aside / kind, kind, section, network.state_dict())
         return Path(path)
 
     def with_settings(self, **changes: Any) -> "MixARPipeline":
