@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from torch import nn
 
 from mixar.codecs.latents import LatentNorm
@@ -12,7 +11,7 @@ from mixar.codecs.tokenizer import Tokenizer, ids_from_bits
 from mixar.codecs.vae import VAE, kl, posterior, to_uint8
 from mixar.config import TokenizerConfig, VAEConfig, section_from_dict
 from mixar.errors import UserError
-from mixar.weights import find_export, load_strict, read_export, read_public
+from mixar.weights import find_export, loaded, read_export, read_public
 
 __all__ = ["VAE", "LatentNorm", "Tokenizer", "ids_from_bits", "kl", "load_tokenizer", "load_vae", "posterior",
            "to_uint8"]
@@ -45,7 +44,4 @@ def _load(kind: str, build: Callable[[Section], Network], cfg: Section, trust_pi
         cfg = section_from_dict(type(cfg), description["config"], f"{source}/config.json")
     else:
         state = read_public(source, kind, trust_pickle)
-    with torch.device("meta"):  # the weights come from the file, so none are drawn
-        network = build(cfg)
-    load_strict(network, state, source)
-    return network.eval().requires_grad_(False)
+    return loaded(lambda: build(cfg), state, source).eval().requires_grad_(False)

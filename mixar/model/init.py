@@ -1,38 +1,52 @@
 """Initial weights as a function of (seed, parameter name, full shape), so that no layout of ranks changes them."""
 
 import zlib
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
+from mixar.model.guidance import CLASSES
+
+# MAR's initialisation by name; the first pattern that fits counts, and a name that none fits is an error
+RULES = {
+    "diffloss.net.*adaLN_modulation.*": "zero",  # so that the head's output starts at zero
+    "diffloss.net.final_layer.linear.*": "zero",
+    "diffloss.net.time_embed.mlp.*.weight": "normal",
+    "fake_latent": "normal",
+    "class_emb.weight": "normal",
+    "encoder_pos_embed_learned": "normal",
+    "decoder_pos_embed_learned": "normal",
+    "diffusion_pos_embed_learned": "normal",
+    **{name: rule for guidance in CLASSES.values() for name, rule in guidance.first_values.items()},
+    "*norm.weight": "one",
+    "*.norm[12].weight": "one",
+    "*_ln.weight": "one",
+    "*norm.bias": "zero",
+    **{f"{module}.weight": "xavier" for module in ("z_proj", "decoder_embed", "*coder_blocks.*", "diffloss.net.*")},
+    **{f"{module}.bias": "zero" for module in ("z_proj*", "decoder_embed", "*coder_blocks.*", "diffloss.net.*")},
+}
+
 
 def initial_value(name: str, like: Tensor, seed: int) -> Tensor:
-    """MAR's initialisation of the parameter `name`: float32 on the CPU, of `like`'s shape.
+    """The first value of the parameter `name`, by `RULES`: float32 on the CPU, of `like`'s shape.
 
-    Embeddings, learned vectors and position tables normal 0.02; the head's adaptive norms and last layer zero, so that
-    its output starts at zero; its time MLP normal 0.02; every other matrix Xavier-uniform; biases zero, norms one.
+    Raises:
+        KeyError: no rule for that name.
     """
+    rule = next((rule for pattern, rule in RULES.items() if fnmatchcase(name, pattern)), None)
     generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
     value = torch.zeros(like.shape)
-    if name.startswith("diffloss.") and ("adaLN_modulation" in name or "final_layer.linear" in name):
-        return value
-    if name.rpartition(".")[2] in _LEARNED or name in _TABLES or ("time_embed.mlp" in name and like.ndim == 2):
-        return value.normal_(0, 0.02, generator=generator)
-    if like.ndim == 2:
-        return nn.init.xavier_uniform_(value, generator=generator)
-    return value if name.endswith("bias") else value.fill_(1.0)
-
-
-_LEARNED = (
-    "fake_latent",
-    "mask_token",
-    "encoder_pos_embed_learned",
-    "decoder_pos_embed_learned",
-    "diffusion_pos_embed_learned",
-    "encoder_code_pos_embed_learned",
-    "decoder_code_pos_embed_learned",
-)
-_TABLES = ("class_emb.weight", "code_emb.weight")
+    match rule:
+        case "zero":
+            return value
+        case "one":
+            return value.fill_(1.0)
+        case "normal":
+            return value.normal_(0, 0.02, generator=generator)
+        case "xavier":
+            return nn.init.xavier_uniform_(value, generator=generator)
+    raise KeyError(f"{name} starts with no known value: name one in its guidance's first_values, or in model/init.py")
 
 
 @torch.no_grad()

@@ -3,18 +3,17 @@
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from mixar.config import ModelConfig
-from mixar.mixing import Masking, Mixture, ti_mix
+from mixar.mixing import Masking, Mixture
 from mixar.model.attention import Wanted
 from mixar.model.blocks import Block
 from mixar.model.diffusion import Diffusion
 from mixar.model.dropout import token_keys
+from mixar.model.guidance import guidance_of
 from mixar.model.head import Head
-from mixar.ops import mix_gather
 
 
 def patchify(latents: Tensor, patch: int) -> Tensor:
@@ -51,55 +50,18 @@ class DiffusionHead(nn.Module):
         self.net = Head(cfg.token_dim, cfg.decoder_width, cfg.head_depth, cfg.head_width, cfg.separable_adaln)
 
 
-class CodeProjection(nn.Module):
-    """DC-Mix (Eq. 9) with its linear map of the n bits.
-
-    The operator is called here, and not by the model, because an engine that shards parameters has those of a module
-    at hand in that module's forward only. The same goes for `CodeTable`.
-    """
-
-    def __init__(self, bits: int, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width, bits))
-        self.bias = nn.Parameter(torch.empty(width))
-
-    def forward(
-        self, encoded: Tensor, slots: Tensor, codes: Tensor, positions: Tensor, mixture: Mixture | None
-    ) -> Tensor:
-        """The decoder's input [B, P, D]. Arguments as in `mix_gather`."""
-        return mix_gather(encoded, slots, codes, self.weight, self.bias, positions, *(mixture or ()))
-
-
-class CodeTable(nn.Module):
-    """The learned table of the discrete tokens (DC-SA, DC-CA)."""
-
-    def __init__(self, codes: int, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(codes, width))
-
-    def forward(self, codes: Tensor, positions: Tensor) -> Tensor:
-        """Tokens [B, N] with their positions [N, D]: [B, N, D]. A dropped one (negative) has its position alone."""
-        unseen = torch.full_like(codes, -1)
-        return mix_gather(positions.new_empty(0, positions.shape[1]), unseen, codes, self.weight, None, positions)
-
-
 class MixAR(nn.Module):
     """Continuous masked autoregression p(x_c | x_d) (Eq. 6).
 
-    State-dict names are those of the public MAR weights, which load into `guidance: none` as they are. The guidances:
-
-    - none: a learned vector at the masked positions of the decoder.
-    - dc_mix: there, a linear map of the discrete token's ±1 bits instead (Eq. 9).
-    - dc_sa: all discrete tokens as a prefix, a learned table with positions of its own, in encoder and decoder.
-    - dc_ca: the same table plus the encoder's positions, under a layer norm without parameters, as the memory of a
-      cross-attention after every self-attention. Without the norm the memory starts at std 0.03, its attention flat.
+    State-dict names are those of the public MAR weights, which load into `guidance: none` as they are. How the discrete
+    tokens enter is the matter of `mixar.model.guidance`.
     """
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.config = cfg
         n, s, enc, dec = cfg.tokens, cfg.class_tokens, cfg.encoder_width, cfg.decoder_width
-        codes = 2**cfg.code_bits
+        self.guidance = guidance_of(cfg)
 
         self.class_emb = nn.Embedding(cfg.classes, enc)
         self.fake_latent = nn.Parameter(torch.empty(1, enc))
@@ -115,22 +77,15 @@ class MixAR(nn.Module):
         self.decoder_norm = nn.LayerNorm(dec, eps=cfg.norm_eps)
         self.diffusion_pos_embed_learned = nn.Parameter(torch.empty(1, n, dec))
 
-        if cfg.guidance == "dc_mix":
-            self.code_proj = CodeProjection(cfg.code_bits, dec)
-        else:
-            self.mask_token = nn.Parameter(torch.empty(1, 1, dec))
-        if cfg.guidance in ("dc_sa", "dc_ca"):
-            self.code_emb = CodeTable(codes, enc)
-        if cfg.guidance == "dc_sa":
-            self.encoder_code_pos_embed_learned = nn.Parameter(torch.empty(1, n, enc))
-            self.decoder_code_pos_embed_learned = nn.Parameter(torch.empty(1, n, dec))
+        for name, part in self.guidance.parts().items():
+            setattr(self, name, part)
 
         self.diffloss = DiffusionHead(cfg)
         self.diffusion = Diffusion()
 
     def _blocks(self, width: int, heads: int, depth: int) -> nn.ModuleList:
         cfg = self.config
-        memory = cfg.encoder_width if cfg.guidance == "dc_ca" else None
+        memory = cfg.encoder_width if self.guidance.memory_tokens else None
         return nn.ModuleList(
             Block(width, heads, cfg.mlp_ratio, cfg.dropout, cfg.norm_eps, memory, cfg.attention) for _ in range(depth)
         )
@@ -141,8 +96,8 @@ class MixAR(nn.Module):
 
     @property
     def prefix(self) -> int:
-        """Tokens before the continuous ones: S, and under DC-SA the N discrete tokens."""
-        return self.config.class_tokens + (self.config.tokens if self.config.guidance == "dc_sa" else 0)
+        """Tokens before the continuous ones: the S class tokens, and those that the guidance puts there."""
+        return self.config.class_tokens + self.guidance.prefix
 
     def class_embedding(self, labels: Tensor | None, drop: Tensor | None = None, batch: int = 1) -> Tensor:
         """[B, D], the learned null embedding where `drop` [B] is set, or for a whole `batch` without labels."""
@@ -153,17 +108,10 @@ class MixAR(nn.Module):
             embedding if drop is None else torch.where(drop[:, None], self.fake_latent.to(embedding.dtype), embedding)
         )
 
-    def _memory(self, codes: Tensor | None) -> Tensor | None:
-        if self.config.guidance != "dc_ca":
-            return None
-        assert codes is not None
-        positions = self.encoder_pos_embed_learned[0, self.config.class_tokens :]
-        return F.layer_norm(self.code_emb(codes, positions), (self.config.encoder_width,))
-
     def encode(
         self, tokens: Tensor, classes: Tensor, masking: Masking, codes: Tensor | None, keys: Tensor | None = None
     ) -> Tensor:
-        """The encoder over class tokens, DC-SA's prefix and the visible tokens.
+        """The encoder over class tokens, the guidance's prefix and the visible tokens.
 
         Args:
             tokens: [B, N, C]; what stands at masked positions is never used.
@@ -176,13 +124,12 @@ class MixAR(nn.Module):
         """
         s, positions = self.config.class_tokens, self.encoder_pos_embed_learned
         parts = [classes[:, None] + positions[:, :s], self.z_proj(tokens) + positions[:, s:]]
-        if self.config.guidance == "dc_sa":
-            assert codes is not None
-            parts.insert(1, self.code_emb(codes, self.encoder_code_pos_embed_learned[0]))
+        if (prefix := self.guidance.encoder_prefix(self, codes)) is not None:
+            parts.insert(1, prefix)
         x = torch.cat(parts, 1)
         rows = masking.packed_rows(self.prefix)
         lengths = tuple(self.prefix + v for v in masking.visible)
-        memory = self._memory(codes)
+        memory = self.guidance.memory(self, codes)
         width = x.shape[1]
         x = self.z_proj_ln(x.flatten(0, 1)[rows])
         for layer, block in enumerate(self.encoder_blocks):
@@ -197,21 +144,13 @@ class MixAR(nn.Module):
 
         Args:
             wanted: the rows of the flattened [B*N] positions to return; the last block computes no other.
-            mixture: TI-Mix's part under DC-Mix, where `codes` are the true tokens.
+            mixture: what `Guidance.mix` left to the decoder's input.
         """
         b, n = masking.masked.shape
-        s, positions = self.config.class_tokens, self.decoder_pos_embed_learned[0]
         embedded, slots = self.decoder_embed(encoded), masking.slots(self.prefix)
-        if self.config.guidance == "dc_mix":
-            assert codes is not None
-            x = self.code_proj(embedded, slots, codes, positions, mixture)
-        else:
-            if self.config.guidance == "dc_sa":
-                positions = torch.cat([positions[:s], self.decoder_code_pos_embed_learned[0], positions[s:]])
-            vector = self.mask_token[0, 0]  # a bias without bits
-            x = mix_gather(embedded, slots, None, vector.new_empty(len(vector), 0), vector, positions)
+        x = self.guidance.decoder_input(self, embedded, slots, codes, mixture)
         lengths = (self.prefix + n,) * b
-        memory = self._memory(codes)
+        memory = self.guidance.memory(self, codes)
         x = x.flatten(0, 1)
         last = wanted._replace(rows=wanted.rows + self.prefix * (wanted.rows // n + 1))
         for layer, block in enumerate(self.decoder_blocks, len(self.encoder_blocks)):
@@ -224,9 +163,7 @@ class MixAR(nn.Module):
         keys: Tensor | None = None, mixture: Mixture | None = None,
     ) -> Tensor:  # fmt: skip
         """z [R, D], the head's condition at the `wanted` of the [B*N] positions. Arguments as in `forward`."""
-        if mixture is not None and self.config.guidance != "dc_mix":  # a prefix or a memory is read more than once
-            assert codes is not None
-            codes = ti_mix(codes, mixture.drawn, masking.masked, mixture.rho, mixture.share)
+        codes, mixture = self.guidance.mix(codes, masking, mixture)
         x = self.decode(self.encode(tokens, classes, masking, codes, keys), masking, codes, wanted, keys, mixture)
         return self.decoder_norm(x) + self.diffusion_pos_embed_learned[0, wanted.rows % self.config.tokens]
 

@@ -13,7 +13,7 @@ from mixar.config import Config, to_dict
 from mixar.data.batch import Batch, on_device
 from mixar.draws import Stream
 from mixar.engine import Scalars
-from mixar.metrics import log
+from mixar.log import log
 from mixar.mixing import Masking, Mixture, ground_truth_share, masked_counts
 from mixar.model import MixAR, initial_value, patchify
 from mixar.model.diffusion import STEPS

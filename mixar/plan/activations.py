@@ -5,6 +5,7 @@ attention keeps no probabilities.
 """
 
 from mixar.config import ModelConfig
+from mixar.model import guidance_of
 from mixar.model.head import TimestepEmbedder
 from mixar.plan.work import Tokens
 
@@ -66,14 +67,15 @@ def _block(cfg: ModelConfig, width: int, heads: int, tokens: float, wanted: floa
     attended = 2 * e * width + _F32 * heads + mask * width  # output, the same packed, log-sum-exp, dropout mask
     kept = tokens * (norm + 3 * e * width)
     kept += wanted * (attended + norm + 2 * e * hidden + mask * (hidden + width))
-    if cfg.guidance != "dc_ca":
+    memory = guidance_of(cfg).memory_tokens
+    if not memory:
         return kept
-    crossed = wanted * (2 * e * width + attended) + cfg.tokens * 2 * e * width  # input and queries; keys and values
-    casts = cfg.tokens * 2 * e * cfg.encoder_width if e == 2 else 0  # of the memory, for keys and for values
+    crossed = wanted * (2 * e * width + attended) + memory * 2 * e * width  # input and queries; keys and values
+    casts = memory * 2 * e * cfg.encoder_width if e == 2 else 0  # of the memory, for keys and for values
     return kept + crossed + casts
 
 
 def _memory(cfg: ModelConfig, e: int) -> float:
-    """Bytes an image of DC-CA's memory, made once for the encoder and once for the decoder."""
+    """Bytes an image of the guidance's memory, made once for the encoder and once for the decoder."""
     kept = 1 if e == 2 else 2  # the input of its norm; in float32 the output as well, which no block has to cast
-    return 2 * cfg.tokens * kept * _F32 * cfg.encoder_width if cfg.guidance == "dc_ca" else 0
+    return 2 * guidance_of(cfg).memory_tokens * kept * _F32 * cfg.encoder_width

@@ -7,7 +7,7 @@ from torch import nn
 
 from mixar.config import Config, ModelConfig
 from mixar.mixing import ground_truth_share, masked_counts
-from mixar.model import MixAR
+from mixar.model import MixAR, guidance_of
 from mixar.model.diffusion import STEPS
 from mixar.prior import Prior
 
@@ -44,7 +44,7 @@ class Tokens:
     @classmethod
     def of(cls, cfg: ModelConfig, visible: Sequence[int], images: int) -> "Tokens":
         """Means over images that show `visible` positions each, in passes of `images`."""
-        prefix = cfg.class_tokens + (cfg.tokens if cfg.guidance == "dc_sa" else 0)
+        prefix = cfg.class_tokens + guidance_of(cfg).prefix
         lengths = [prefix + v for v in visible]
         masked = cfg.tokens - sum(visible) / len(visible)
         return cls(
@@ -81,7 +81,7 @@ def training_flops(model: MixAR, tokens: Tokens, recompute: str = "none") -> dic
         part = "head" if name.startswith("diffloss.") else "backbone"
         flops[part] += 2 * passes * size * _tokens_at(name, model, tokens)
     cfg, passes = model.config, 4 if recompute in ("backbone", "all") else 3
-    crossed = cfg.tokens if cfg.guidance == "dc_ca" else 0
+    crossed = model.guidance.memory_tokens
     encoder = cfg.encoder_depth * cfg.encoder_width * (tokens.pairs + tokens.encoder * crossed)
     queries = (cfg.decoder_depth - 1) * tokens.decoder + tokens.masked  # in the last block of masked positions alone
     decoder = cfg.decoder_width * queries * (tokens.decoder + crossed)
@@ -100,8 +100,10 @@ def _tokens_at(name: str, model: MixAR, tokens: Tokens) -> float:
         return tokens.masked if cfg.separable_adaln else tokens.rows
     if name.startswith("diffloss."):
         return tokens.rows
-    if name.startswith("z_proj.") or ".cross_attn.k." in name or ".cross_attn.v." in name:
+    if name.startswith("z_proj."):
         return cfg.tokens
+    if ".cross_attn.k." in name or ".cross_attn.v." in name:
+        return model.guidance.memory_tokens
     if name.startswith(f"decoder_blocks.{cfg.decoder_depth - 1}.") and ".attn.qkv." not in name:
         return tokens.masked  # of the others their keys and values alone are used
     return tokens.decoder if name.startswith("decoder_blocks.") else tokens.encoder

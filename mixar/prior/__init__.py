@@ -2,15 +2,13 @@
 
 from pathlib import Path
 
-import torch
-
 from mixar.config import PriorConfig, section_from_dict
 from mixar.errors import UserError
 from mixar.prior.lfqbert import Prior
 from mixar.prior.loss import masked_loss, training_mask
 from mixar.prior.sampling import fill, keyed_draws, sample_codes
 from mixar.prior.tokens import combine_ids, split_ids
-from mixar.weights import find_export, load_strict, read_export, read_public
+from mixar.weights import find_export, loaded, read_export, read_public
 
 __all__ = [
     "Prior",
@@ -45,7 +43,4 @@ def load_prior(cfg: PriorConfig, trust_pickle: bool = False) -> Prior:
         cfg = section_from_dict(PriorConfig, saved["config"], path)
     else:
         state = read_public(path, "generator", trust_pickle)
-    with torch.device("meta"):  # it takes the memory of the file's tensors, so none is initialised first
-        prior = Prior(cfg)
-    load_strict(prior, state, path)
-    return prior.eval().requires_grad_(False)
+    return loaded(lambda: Prior(cfg), state, path).eval().requires_grad_(False)

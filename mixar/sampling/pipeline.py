@@ -25,14 +25,15 @@ from mixar.config import (
 from mixar.dist import fast_precision
 from mixar.errors import UserError
 from mixar.files import creating_folder
-from mixar.model import Diffusion, MixAR, pack_linears, unpatchify
+from mixar.model import Diffusion, MixAR, unpatchify
 from mixar.prior import Prior, keyed_draws, load_prior, sample_codes
 from mixar.sampling.autoregressive import compiled_predict, predict, sample_tokens
+from mixar.sampling.packed import pack_linears
 from mixar.weights import (
     describe_export,
     find_export,
     is_export,
-    load_strict,
+    loaded,
     read_export,
     write_network,
 )
@@ -99,11 +100,8 @@ class MixARPipeline:
                     f"{folder / kind} holds other weights than the {kind} that this model was exported with "
                     f"(fingerprint {known}): bring that one back, or export again with {kind}.weights=PATH"
                 )
-        with torch.device("meta"):  # the weights come from the file, so none are drawn
-            model = MixAR(cfg)
-        load_strict(model, state, folder)
         pipeline = cls(
-            model,
+            loaded(lambda: MixAR(cfg), state, folder),
             load_vae(VAEConfig(weights=str(folder / "vae"))),
             LatentNorm.from_dict(about["latents"]),
             load_prior(PriorConfig(weights=str(folder / "prior"))) if guided else None,

@@ -9,6 +9,8 @@ from mixar.draws import Stream
 from mixar.mixing import Masking, Mixture, ti_mix
 from mixar.model import MixAR, init_weights
 from mixar.model.attention import Wanted
+from mixar.model.guidance import CLASSES
+from mixar.model.init import RULES
 
 N, C = 16, 6
 
@@ -169,3 +171,23 @@ def test_initial_weights_do_not_depend_on_what_else_there_is() -> None:
     small, large = build("dc_mix"), build("dc_mix", decoder_depth=3)
     for name, parameter in small.named_parameters():
         assert torch.equal(parameter, dict(large.named_parameters())[name]), name
+
+
+def test_every_guidance_has_a_class() -> None:
+    assert tuple(CLASSES) == GUIDANCES
+
+
+@pytest.mark.parametrize("guidance", GUIDANCES)
+def test_every_part_of_a_guidance_has_its_first_value(guidance: str) -> None:
+    model = build(guidance)
+    held = list(model.guidance.parts())
+    named = {name for name, _ in model.named_parameters() if name.partition(".")[0] in held}
+    assert named == set(model.guidance.first_values)
+    assert model.guidance.first_values.items() <= RULES.items()  # no other guidance starts one of that name otherwise
+
+
+def test_a_parameter_without_a_first_value_is_an_error() -> None:
+    model = build("dc_mix")
+    model.register_parameter("learned_scale", torch.nn.Parameter(torch.empty(1, 1, 48)))
+    with pytest.raises(KeyError, match="learned_scale"):
+        init_weights(model, 0)

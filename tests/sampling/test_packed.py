@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mixar.model import pack_linears
+from mixar.sampling.packed import pack_linears
 
 
 def layers(bias: bool = True) -> tuple[nn.Linear, nn.Linear]:
