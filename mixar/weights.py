@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -23,6 +23,7 @@ from mixar.errors import UserError
 from mixar.files import creating_folder, write_json
 
 State = dict[str, Tensor]
+Network = TypeVar("Network", bound=nn.Module)
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 _CODEC = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
@@ -124,6 +125,14 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str | Pa
     module.load_state_dict(state, assign=any(value.is_meta for value in own.values()))
 
 
+def loaded(build: Callable[[], Network], state: Mapping[str, Tensor], source: str | Path) -> Network:
+    """The network that `build` makes, with the weights `state`; none are drawn first. UserError as `load_strict`."""
+    with torch.device("meta"):
+        network = build()
+    load_strict(network, state, source)
+    return network
+
+
 def read_fitting(
     path: str | Path, own: Mapping[str, Tensor], tell: Callable[[str], None], trust_pickle: bool = False
 ) -> State:
@@ -213,13 +222,24 @@ def find_export(path: str | Path) -> Path:
     path = Path(path)
     if is_export(path):
         return path
-    found = [file.parent for file in path.glob("exports/[0-9]*-ema/config.json")]
-    if not found:
+    found = newest_export(path)
+    if found is None:
         raise UserError(
             f"no export at {path}: give a folder with config.json and model.safetensors, or a run directory; "
             f"`mixar export {path}` makes one of a run's newest checkpoint"
         )
-    return max(found, key=lambda folder: int(folder.name.removesuffix("-ema")))
+    return found
+
+
+def export_path(run: Path, images: int) -> Path:
+    """Where the run directory `run` keeps the export of its EMA weights after `images` images."""
+    return run / "exports" / f"{images}-ema"
+
+
+def newest_export(run: Path) -> Path | None:
+    """The export that the run directory `run` keeps of the most images seen; None where it keeps none."""
+    found = [file.parent for file in run.glob("exports/[0-9]*-ema/config.json")]
+    return max(found, key=lambda folder: int(folder.name.removesuffix("-ema")), default=None)
 
 
 def holds(folder: str | Path, state: Mapping[str, Tensor]) -> bool:

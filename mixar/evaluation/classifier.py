@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mixar.config import section_from_dict
 from mixar.errors import UserError
-from mixar.weights import load_strict, read_export, write_export
+from mixar.weights import loaded, read_export, write_export
 
 KIND = "classifier"
 TURNS = 4  # by 0, 90, 180 and 270 degrees
@@ -164,6 +164,5 @@ def load_classifier(folder: str | Path) -> tuple[Classifier, float]:
         UserError: no classifier's export there, or one that does not fit its own config.
     """
     export, state = read_export(folder, KIND)
-    classifier = Classifier(section_from_dict(ClassifierConfig, export["config"], str(folder)))
-    load_strict(classifier, state, folder)
-    return classifier.eval(), export["accuracy"]
+    cfg = section_from_dict(ClassifierConfig, export["config"], str(folder))
+    return loaded(lambda: Classifier(cfg), state, folder).eval(), export["accuracy"]

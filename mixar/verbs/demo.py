@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mixar import dist, resources
 from mixar.codecs import load_tokenizer, load_vae
-from mixar.config import Config, load_config, to_dict
+from mixar.config import GUIDANCES, Config, load_config, to_dict
 from mixar.data.images import ImageSet, ImageSource, open_images, split, training_images
 from mixar.data.shards import prepare
 from mixar.environment import environment
@@ -26,11 +26,13 @@ from mixar.evaluation.classifier import save_classifier, train_classifier
 from mixar.evaluation.extractors import Extractor, make_extractor
 from mixar.evaluation.scores import Features, accumulate
 from mixar.files import replacing, write_json
+from mixar.model import guidance_of
 from mixar.plan import parameter_count
 from mixar.sampling import MixARPipeline
 from mixar.train import train
 from mixar.verbs.process import check_writable
 from mixar.verbs.report import draw_report
+from mixar.weights import describe_export, newest_export
 
 CONFIGS = resources.CONFIGS / "demo"
 DIGITS = 4500  # training images of the built-in set, which the configs' epochs are meant for
@@ -38,7 +40,6 @@ COLUMNS = 20  # of the picture
 MADE_OF = "made_of.json"  # what the folder's models are of
 NETWORKS = ("vae", "tokenizer", "prior", "mixar")  # each with a config
 RECIPE = ("model", "mask", "ti_mix", "optim", "train", "sample")  # what else shapes them
-GUIDANCES = ("none", "dc_mix", "dc_sa", "dc_ca")
 
 
 @dataclass
@@ -118,8 +119,7 @@ class Demo:
 
     def newest_export(self, kind: str) -> Path | None:
         """The export that the stage `kind` ended with."""
-        found = sorted((self.out / kind / "exports").glob("*-ema"), key=lambda path: int(path.name.split("-")[0]))
-        return found[-1] if found else None
+        return newest_export(self.out / kind)
 
     def export_of(self, kind: str) -> Path:
         """The same. UserError where it was removed since."""
@@ -254,7 +254,7 @@ def images_per_second(demo: Demo) -> dict[str, float]:
     """Training speed of each network over its whole stage, and of sampling, prior and MixAR together."""
     rates = {"sampling": demo.length.samples / max(demo.stages["samples"], 0.1)}
     for name in NETWORKS:
-        rates[name] = int(demo.export_of(name).name.split("-")[0]) / max(demo.stages[name], 0.1)
+        rates[name] = describe_export(demo.export_of(name))["images"] / max(demo.stages[name], 0.1)
     return {name: round(rate, 1) for name, rate in rates.items()}
 
 
@@ -283,7 +283,8 @@ def compare(demo: Demo) -> list[dict[str, Any]]:
         images = pipeline(labels, seeds, codes, progress=guidance)
         elapsed = time.monotonic() - begun
         score = evaluate(images.split(256), reference, extractor, labels=labels)
-        tokens = cfg.model.tokens * (2 if guidance in ("dc_sa", "dc_ca") else 1) + cfg.model.class_tokens
+        how = guidance_of(cfg.model)
+        tokens = cfg.model.class_tokens + cfg.model.tokens + how.prefix + how.memory_tokens
         rows.append({
             "guidance": guidance, "parameters": parameter_count(cfg), "tokens": tokens,
             "seconds_a_step": median_step(demo.out / name, cfg.train.batch), "seconds_an_image": elapsed / len(labels),

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 
-from mixar.checkpoint import complete_checkpoints, export_path, load_ema, read_head
+from mixar.checkpoint import complete_checkpoints, load_ema, read_head
 from mixar.codecs import LatentNorm
 from mixar.config import Config, load_config
 from mixar.errors import UserError
 from mixar.model import MixAR
 from mixar.objectives import MixARObjective, Objective, PriorObjective
 from mixar.train import build_objective, describe_data, latent_norm, open_source
-from mixar.weights import holds, load_strict, read_public
+from mixar.weights import export_path, holds, loaded, read_public
 
 CPU = torch.device("cpu")
 
@@ -69,8 +69,6 @@ def release_public(cfg: Config, weights: str, out: str | None) -> None:
         raise UserError(f"--weights {weights} belongs to no run: name the release's folder with --out DIR")
     objective = MixARObjective(cfg, latent_norm(cfg), CPU)
     objective.open()
-    with torch.device("meta"):  # the weights come from the file, so none are drawn
-        model = MixAR(cfg.model)
-    load_strict(model, read_public(weights, "mar", cfg.trust_pickle), weights)
+    model = loaded(lambda: MixAR(cfg.model), read_public(weights, "mar", cfg.trust_pickle), weights)
     objective.export(model.eval(), Path(out), {"weights": Path(weights).name})
     print(f"the weights of {weights}: {out}")
