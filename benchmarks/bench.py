@@ -41,7 +41,7 @@ from mixar.draws import Stream
 from mixar.engine import build_engine
 from mixar.environment import environment
 from mixar.mixing import Masking, masked_counts
-from mixar.model import MixAR, init_weights, initial_value, pack_linears
+from mixar.model import MixAR, init_weights, initial_value
 from mixar.objectives.base import mean_of
 from mixar.ops import mix_gather, timestep_embed
 from mixar.ops.mix_gather import reference as mix_gather_reference
@@ -50,6 +50,7 @@ from mixar.plan import make_plan
 from mixar.prior import Prior, keyed_draws, sample_codes
 from mixar.sampling import sample_tokens
 from mixar.sampling.autoregressive import compiled_predict, predict
+from mixar.sampling.packed import pack_linears
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BATCH, N, C, WIDTH, BLOCKS, HEADS, HEAD = 8, 256, 32, 384, 6, 6, (3, 512)

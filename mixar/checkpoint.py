@@ -25,7 +25,7 @@ from mixar.engine import Engine
 from mixar.engine.slices import Slice, load_slices, save_slices
 from mixar.environment import environment
 from mixar.errors import PassingError, UserError
-from mixar.metrics import log, start_log
+from mixar.log import log, start_log
 
 DONE = "DONE"
 FORMAT = 2
@@ -264,9 +264,6 @@ class RunDirectory:
         if self._lock is not None:
             self._lock.close()
 
-    def export_path(self, images: int) -> Path:
-        return export_path(self.path, images)
-
     def write_replay(self, step: int, record: dict[str, Any]) -> Path:
         """What is needed to see a skipped step again."""
         file = self.path / "replay" / f"step-{step}.json"
@@ -277,11 +274,6 @@ class RunDirectory:
 def complete_checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of the run directory `run`, oldest first. Their names are the numbers of images seen."""
     return sorted(done.parent for done in (run / "checkpoints").glob(f"[0-9]*/{DONE}"))
-
-
-def export_path(run: Path, images: int) -> Path:
-    """Where the run directory `run` keeps the export of its EMA weights after `images` images."""
-    return run / "exports" / f"{images}-ema"
 
 
 def load_ema(checkpoint: Path, model: nn.Module) -> None:

@@ -3,11 +3,8 @@
 import errno
 import multiprocessing
 import os
-import re
-import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -21,6 +18,7 @@ from typing import Any, NoReturn, TypeVar, cast
 import torch
 import torch.distributed as c10d
 
+from mixar import slurm
 from mixar.errors import PassingError, UserError
 from mixar.signals import end_at_once
 
@@ -70,8 +68,7 @@ class ElsewhereError(UserError):
 def find() -> Place:
     """This process's place from its launcher's environment; joins no others.
 
-    torchrun and deepspeed set RANK and its kin. Under srun they follow from SLURM_*, but only in a job step: the batch
-    shell has SLURM_PROCID too, and is no rank of anything.
+    torchrun and deepspeed set RANK and its kin; under srun they follow from `mixar.slurm`.
 
     Raises:
         UserError: an environment that is half set or contradicts itself.
@@ -103,7 +100,7 @@ def start(timeout: float) -> Place:
     if place.world > 1:
         end_at_once()
     if place.launcher == "srun":
-        os.environ.update(_from_slurm())  # torch and DeepSpeed look for these names, whatever the launcher
+        os.environ.update(_environment()[1])  # torch and DeepSpeed look for these names, whatever the launcher
         if place.world > 1 and "MASTER_PORT" not in os.environ:
             store = _meet(place, timeout)
             os.environ["MASTER_PORT"] = str(store.port)
@@ -148,7 +145,7 @@ def _meet(place: Place, timeout: float) -> c10d.TCPStore:
     Rank 0 tells the port to whoever asks at the first of a row of agreed ones that it can have: one may be held by
     another job, or by what a requeued job has left behind.
     """
-    job = [os.environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT")]
+    job = slurm.job()
     word = f"mixar {'.'.join(job)}"
     # below the range that the kernel hands out by itself
     ports = [15000 + (int(job[0]) + 1009 * i) % 15000 for i in range(16)]
@@ -348,8 +345,8 @@ def _environment() -> tuple[str, dict[str, str]]:
             raise UserError(f"the environment has {told} but no {', '.join(missing)}: {_MEND}")
         return "deepspeed" if deepspeed else "torchrun", env
     _refuse_mpi("OMPI_COMM_WORLD", "MV2_COMM_WORLD")
-    if "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ:
-        return "srun", _from_slurm()
+    if started := slurm.ranks():
+        return "srun", started
     _refuse_mpi("PMI")  # srun sets these too
     return "python", {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 
@@ -361,37 +358,6 @@ def _refuse_mpi(*prefixes: str) -> None:
         if size != "1":
             raise UserError(f"{prefix}_RANK={rank} and {prefix}_SIZE={size} tell of mpirun, whose ranks mixar "
                             "does not take: start with torchrun, deepspeed or srun")  # fmt: skip
-
-
-def _from_slurm() -> dict[str, str]:
-    slurm = os.environ.get
-    world, nodes = slurm("SLURM_STEP_NUM_TASKS", "1"), slurm("SLURM_STEP_NUM_NODES", "1")
-    counts: list[str] = []  # tasks of each node, which Slurm writes as 8(x4) or 8,7
-    for count, _, times in re.findall(r"(\d+)(\(x(\d+)\))?", slurm("SLURM_STEP_TASKS_PER_NODE", "1")):
-        counts += [count] * int(times or 1)
-    if len(set(counts)) != 1 or len(counts) != int(nodes):
-        raise UserError(
-            f"srun put {slurm('SLURM_STEP_TASKS_PER_NODE')} tasks on {nodes} nodes, and nodes must hold equally many: "
-            "write srun --ntasks-per-node=<GPUs of a node>"
-        )
-    env = {
-        "RANK": slurm("SLURM_PROCID", "0"), "WORLD_SIZE": world, "LOCAL_RANK": slurm("SLURM_LOCALID", "0"),
-        "LOCAL_WORLD_SIZE": counts[0],
-    }  # fmt: skip
-    if world != "1":
-        env["MASTER_ADDR"] = slurm("MASTER_ADDR") or _first_host(slurm("SLURM_STEP_NODELIST", ""))
-    return env
-
-
-def _first_host(nodes: str) -> str:
-    """The first host of a list in Slurm's notation; the usual ones need no scontrol, which containers often lack."""
-    if usual := re.match(r"([\w.-]+)(?:\[(\d+)[-,\d]*\])?(?:,|$)", nodes):
-        return usual[1] + (usual[2] or "")
-    if shutil.which("scontrol"):
-        told = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True)
-        if told.returncode == 0:
-            return told.stdout.split()[0]
-    raise UserError(f"the first node of {nodes} is unknown here: export MASTER_ADDR=<its name> before srun")
 
 
 def _device(local_rank: int) -> torch.device:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +15,21 @@ from mixar.errors import UserError
 
 LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what locking fails with on a file system without locks
 PART = ".part"  # ends the name of what is being written; after a kill, it may be left
+
+
+def try_writing(folder: str | Path) -> Path:
+    """Write a file without a name in `folder`, or in its nearest parent that exists, and return which; leaves nothing.
+
+    Raises:
+        OSError: that place, its `filename`, is not a folder or cannot be written to.
+    """
+    place = Path(folder).absolute()
+    nearest = next(path for path in (place, *place.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            return nearest
+    except OSError as error:  # names the file that was tried
+        raise OSError(error.errno, error.strerror, str(nearest)) from None
 
 
 @contextmanager

@@ -25,11 +25,12 @@ from mixar.config import Config, check_inputs, images_a_pass, load_config, to_ya
 from mixar.data.batch import Source
 from mixar.data.images import ImageSource, training_images
 from mixar.data.loader import ShardSource
-from mixar.data.manifest import Manifest, check_cache, check_manifest, check_pre_drawn, read_manifest
+from mixar.data.manifest import Manifest, check_manifest, check_pre_drawn, read_manifest
+from mixar.data.remote import check_cache
 from mixar.engine import choose_engine
 from mixar.errors import PassingError, UserError, report
 from mixar.files import write_text
-from mixar.metrics import keep_in_log, log
+from mixar.log import keep_in_log, log
 from mixar.model.attention import prepare_attention
 from mixar.objectives import MixARObjective, Objective, PriorObjective, TokenizerObjective, VAEObjective
 from mixar.ops import load

@@ -20,12 +20,13 @@ from mixar.dist import Agreement, Place
 from mixar.draws import Stream
 from mixar.engine import Scalars, StepInfo, build_engine, learning_rate
 from mixar.errors import UserError
-from mixar.metrics import Averages, Metrics, log
+from mixar.log import log
+from mixar.metrics import Averages, Metrics
 from mixar.objectives import Objective
 from mixar.objectives.base import mean_of
 from mixar.signals import Signals
 from mixar.watch import Watchdog
-from mixar.weights import holds, read_fitting
+from mixar.weights import export_path, holds, read_fitting
 
 GO, STOP, INTERRUPTED, FAILED = range(4)  # what ranks agree on before a step; the largest wins
 
@@ -191,7 +192,7 @@ class Trainer:
                 f"none of the run's {self.steps} steps was finite, nothing was learned: lower optim.lr, or write "
                 "train.precision=fp32"
             )
-        folder = self.run_dir.export_path(self.progress.images)
+        folder = export_path(self.run_dir.path, self.progress.images)
         model = self._replica()
         about = {"images": self.progress.images, "epochs": self.epoch(self.progress.step), "weights": "ema"}
 

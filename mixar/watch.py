@@ -6,7 +6,7 @@ import traceback
 from contextlib import AbstractContextManager
 from types import TracebackType
 
-from mixar.metrics import log
+from mixar.log import log
 
 
 class Watchdog(AbstractContextManager):

@@ -130,34 +130,24 @@ def fork_ranks(
     return pids
 
 
-def wait(pids: list[int], seconds: float, grace: float = 0) -> bool:
-    """Wait for all to end, the others killed a `grace` after one has failed; whether that took at most `seconds`."""
-    left, begun, failed = set(pids), time.monotonic(), None
-    while left:
-        for pid in list(left):
+def wait(pids: list[int], seconds: float, grace: float = 0) -> list[int] | None:
+    """The statuses that all end with, the others killed a `grace` after one has failed; None beyond `seconds`."""
+    statuses: dict[int, int] = {}
+    begun, failed = time.monotonic(), None
+    while left := [pid for pid in pids if pid not in statuses]:
+        for pid in left:
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
-                left.remove(pid)
+                statuses[pid] = status
                 failed = failed or (time.monotonic() if status else None)
         over = time.monotonic() - begun > seconds
-        if left and (over or (failed and time.monotonic() - failed > grace)):
-            for pid in left:
+        if over or (failed and time.monotonic() - failed > grace):
+            for pid in set(pids) - statuses.keys():
                 os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-            return not over
+                statuses[pid] = os.waitpid(pid, 0)[1]
+            return None if over else list(statuses.values())
         time.sleep(0.01)
-    return True
-
-
-def succeeds(pids: list[int], seconds: float) -> bool:
-    statuses = []
-    limit = time.monotonic() + seconds
-    while len(statuses) < len(pids) and time.monotonic() < limit:
-        for pid in pids:
-            done, status = os.waitpid(pid, os.WNOHANG) if pid not in dict(statuses) else (0, 0)
-            statuses += [(done, status)] if done else []
-        time.sleep(0.01)
-    return len(statuses) == len(pids) and not any(status for _, status in statuses)
+    return list(statuses.values())
 
 
 def logged(run: Path) -> list[dict]:
@@ -228,15 +218,15 @@ class Story:
         writing = self.moment(begun, self.summary.faults["kill"] % 3 == 0, alive)
         os.kill(self.chance.choice(pids), signal.SIGKILL)
         self.summary.while_writing += writing
-        return wait(pids, TIMEOUT + 20, grace=5)
+        return wait(pids, TIMEOUT + 20, grace=5) is not None
 
     def _group(self, pids: list[int], begun: int, alive: Callable[[], bool]) -> bool:
         self.summary.while_writing += self.moment(begun, False, alive)
         os.killpg(pids[0], self.chance.choice(ENDS))
-        return wait(pids, TIMEOUT, grace=TIMEOUT)
+        return wait(pids, TIMEOUT, grace=TIMEOUT) is not None
 
     def _error(self, pids: list[int], begun: int, alive: Callable[[], bool]) -> bool:
-        return wait(pids, 2 * TIMEOUT)
+        return wait(pids, 2 * TIMEOUT) is not None
 
     def _disk(self, pids: list[int], begun: int, alive: Callable[[], bool]) -> bool:
         self.summary.while_writing += self.moment(begun, False, alive)
@@ -247,7 +237,7 @@ class Story:
                     file.write(bytes(1 << 16))
                     file.flush()
         except OSError:
-            timely = wait(pids, TIMEOUT + 20, grace=5)
+            timely = wait(pids, TIMEOUT + 20, grace=5) is not None
         filler.unlink()
         return timely
 
@@ -289,7 +279,7 @@ class Story:
     def tell(self, faults: int) -> Summary:
         """The whole story; raises where a start fails that nobody disturbed."""
         whole, summary = self.disk / "whole", self.summary
-        if not succeeds(fork_ranks(self.config, whole, self.engine, self.world, self.log), 600):
+        if wait(fork_ranks(self.config, whole, self.engine, self.world, self.log), 600) != [0] * self.world:
             raise SystemExit(f"the undisturbed run failed:\n{tail(self.log)}")
         for number in range(faults):
             done = max((record["step"] for record in logged(self.run)), default=0)
@@ -305,7 +295,7 @@ class Story:
             summary.lost_by_signals += lost * (kind in ("group", "launcher"))
             print(f"{number + 1}: {kind}, at step {done}, {lost} lost", flush=True)
         summary.resumes += 1
-        if not succeeds(fork_ranks(self.config, self.run, self.engine, self.world, self.log), 600):
+        if wait(fork_ranks(self.config, self.run, self.engine, self.world, self.log), 600) != [0] * self.world:
             raise SystemExit(f"the run did not reach its end:\n{tail(self.log)}")
         expected, found = logged(whole), logged(self.run)
         summary.divergent_losses = sum(a != b for a, b in zip(expected, found)) + abs(len(expected) - len(found))

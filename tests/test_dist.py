@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from mixar import dist
+from mixar import dist, slurm
 from mixar.errors import PassingError, UserError
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "n1",
@@ -79,7 +79,7 @@ def test_a_half_set_environment_ends_with_a_sentence(find, environment, told) ->
 def test_the_first_node_without_scontrol(find, monkeypatch, nodes, first) -> None:
     find(SRUN | {"SLURM_STEP_NODELIST": nodes})
     monkeypatch.setenv("PATH", "")
-    assert dist._from_slurm()["MASTER_ADDR"] == first
+    assert (slurm.ranks() or {})["MASTER_ADDR"] == first
 
 
 def test_ranks_that_do_not_meet_say_so(find) -> None:

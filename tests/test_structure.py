@@ -14,7 +14,7 @@ import mixar
 ROOT = Path(mixar.__file__).parent
 FLOORS = (
     "cards draws environment errors signals",
-    "resources",
+    "log resources slurm",
     "ops files",
     "config weights dist",
     "command_line",

@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 from mixar import draws
 from mixar.data.batch import Batch, Picks, PreDrawn, Source
 from mixar.data.images import ImageSource
-from mixar.data.manifest import fetch
 from mixar.data.parts import HASH
 from mixar.data.pre_draw import PRE_DRAWN, RECIPE
+from mixar.data.remote import fetch
 from mixar.draws import Stream
 from mixar.errors import UserError
 from mixar.signals import held_back

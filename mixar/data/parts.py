@@ -6,7 +6,6 @@ Layout: `part-00000/{shard.00000.mds, ..., index.json, part.json}`, ..., and a r
 import errno
 import fcntl
 import json
-import os
 import shutil
 import sys
 import time
@@ -17,9 +16,9 @@ from typing import IO, Any
 from streaming import MDSWriter
 from tqdm import tqdm
 
-from mixar.data.manifest import PART
+from mixar.data.remote import PART
 from mixar.errors import PassingError, UserError
-from mixar.files import LOCKLESS, creating_folder, write_json
+from mixar.files import LOCKLESS, creating_folder, try_writing, write_json
 
 HASH = "xxh3_64"
 SIZE = 1024  # rows a part: all that a kill can cost; a shard of 68 MB where images are of 256 pixels
@@ -39,9 +38,10 @@ def local_folder(shards: str) -> Path:
     if ":/" in shards:
         raise UserError(f"data.shards={shards}: shards are written to a local folder, then copied to a remote")
     folder = Path(shards)
-    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise _unwritable(folder, f"{nearest} is no folder that you may write to")
+    try:
+        try_writing(folder)
+    except OSError as error:
+        raise _unwritable(folder, f"{error.filename}: {error.strerror}") from None
     return folder
 
 

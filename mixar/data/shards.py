@@ -23,9 +23,10 @@ from mixar import __version__
 from mixar.codecs import VAE, Tokenizer, posterior
 from mixar.config import Config
 from mixar.data.images import BrokenImageError, ImageSet, ImageSource
-from mixar.data.manifest import FORMAT, MANIFEST, Manifest, check_manifest, read_manifest
+from mixar.data.manifest import FORMAT, Manifest, check_manifest, read_manifest
 from mixar.data.parts import SIZE, Parts, Row, local_folder
 from mixar.data.pixels import DECODING
+from mixar.data.remote import MANIFEST
 from mixar.errors import UserError
 from mixar.files import replacing, write_json
 from mixar.signals import STOPPING, held_back

@@ -7,7 +7,6 @@ twice and nothing stale is loaded; several processes at once compile once.
 """
 
 import hashlib
-import logging
 import os
 import platform
 import shutil
@@ -21,12 +20,12 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+from mixar.log import log
 from mixar.resources import SOURCES
 
 DEVICES = ("cpu", "cuda")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # 2.10, the oldest torch that a library must run with
-log = logging.getLogger("mixar")
 
 
 class BuildError(Exception):

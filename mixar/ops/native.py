@@ -3,14 +3,14 @@
 `MIXAR_OPS=native` makes a missing kernel an error, `MIXAR_OPS=torch` takes plain PyTorch even so.
 """
 
-import logging
 import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-log = logging.getLogger("mixar")
+from mixar.log import log
+
 LIBRARY = torch.library.Library("mixar", "FRAGMENT")  # schemas, references, gradients; compiled code adds kernels
 _taken: dict[str, str] = {}  # device type to what its operators run in
 

@@ -8,7 +8,6 @@ import platform
 import re
 import shutil
 import socket
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,8 +23,10 @@ from packaging.utils import canonicalize_name
 from mixar import __version__, dist
 from mixar.codecs import load_tokenizer, load_vae
 from mixar.config import Config, load_config, missing_inputs
-from mixar.data.manifest import MANIFEST, check_manifest, read_manifest
+from mixar.data.manifest import check_manifest, read_manifest
+from mixar.data.remote import MANIFEST
 from mixar.errors import UserError
+from mixar.files import try_writing
 from mixar.ops.build import DEVICES, status
 from mixar.prior import load_prior
 
@@ -188,10 +189,8 @@ def operators(device: str) -> Iterator[Finding]:
 
 def writable(key: str, folder: str) -> Finding:
     """Whether `folder` can be made and written to, tried with a file in its nearest parent that exists."""
-    parent = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
     try:
-        with tempfile.TemporaryFile(dir=parent):
-            free = shutil.disk_usage(parent).free / 2**30
+        free = shutil.disk_usage(try_writing(folder)).free / 2**30
     except OSError as error:
         return Finding("bad", f"{key}={folder} cannot be written ({error.strerror}): write {key}=<a folder you own>")
     return Finding("ok", f"{key}={folder} can be written, {free:.0f} GiB free")

@@ -1,12 +1,11 @@
 """Turn images into shards: both flips' latent moments and discrete tokens, label and key, and a manifest."""
 
 import argparse
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-from mixar import dist
+from mixar import dist, slurm
 from mixar.codecs import load_tokenizer, load_vae
 from mixar.config import Config, load_config
 from mixar.data.images import training_images
@@ -19,21 +18,8 @@ from mixar.errors import UserError
 from mixar.objectives.frozen import Frozen
 
 
-def slurm_share() -> tuple[int, int]:
-    """(rank, world) over the tasks of this srun step in all elements of this array job; (0, 1) outside of both."""
-    given = {name.removeprefix("SLURM_"): value for name, value in os.environ.items()}
-    rank, world = 0, 1
-    if "STEP_ID" in given:  # without it this is the batch script, which has a PROCID too
-        rank, world = int(given["PROCID"]), int(given["STEP_NUM_TASKS"])
-    if "ARRAY_TASK_ID" in given:
-        element, first = int(given["ARRAY_TASK_ID"]), int(given["ARRAY_TASK_MIN"])
-        step = int(given.get("ARRAY_TASK_STEP", 1))  # some schedulers that speak Slurm's language leave it out
-        rank, world = (element - first) // step * world + rank, int(given["ARRAY_TASK_COUNT"]) * world
-    return rank, world
-
-
 def run(args: argparse.Namespace) -> None:
-    rank, world = (own if given is None else given for given, own in zip((args.rank, args.world), slurm_share()))
+    rank, world = (own if given is None else given for given, own in zip((args.rank, args.world), slurm.share()))
     if not 0 <= rank < world:
         last = world - 1
         raise UserError(f"no rank {rank} of {world}: write --rank 0 to {last}; of a Slurm array, --array=0-{last}")

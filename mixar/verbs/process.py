@@ -3,13 +3,13 @@
 import io
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mixar.errors import UserError
+from mixar.files import try_writing
 from mixar.signals import STOPPING
 
 
@@ -36,9 +36,8 @@ def check_writable(file: Path) -> None:
         UserError: it cannot, or a folder has its name.
     """
     try:
-        nearest = next(folder for folder in file.absolute().parents if folder.exists())
-        with tempfile.TemporaryFile(dir=nearest):
-            taken = file.is_dir()
+        try_writing(file.parent)
+        taken = file.is_dir()
     except OSError as error:
         raise UserError(f"cannot write {file} ({error.strerror}): name a place that you may write to") from None
     if taken:

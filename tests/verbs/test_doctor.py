@@ -12,7 +12,8 @@ import torch
 from mixar.__main__ import main
 from mixar.codecs import VAE
 from mixar.config import load_config, to_dict
-from mixar.data.manifest import FORMAT, MANIFEST, Manifest
+from mixar.data.manifest import FORMAT, Manifest
+from mixar.data.remote import MANIFEST
 from mixar.verbs import doctor
 from mixar.verbs.doctor import Finding
 from mixar.weights import write_export

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from streaming import LocalDataset
 
-from mixar.verbs.prepare import slurm_share
+from mixar import slurm
 
 COMMAND = [sys.executable, "-m", "mixar", "prepare"]
 
@@ -60,7 +60,7 @@ def test_a_list_tells_what_would_be_made(mixar, home, tmp_path) -> None:
 def test_what_is_wrong_is_told_before_codecs_are_read(refused, home, tmp_path) -> None:
     config, nothing = home / "config.yaml", ("vae.weights=/none", "tokenizer.weights=/none")
     (tmp_path / "file").write_text("")
-    assert f"{tmp_path}/file is no folder" in refused("prepare", config, f"data.shards={tmp_path}/file/x", *nothing)
+    assert f"{tmp_path}/file: Not a directory" in refused("prepare", config, f"data.shards={tmp_path}/file/x", *nothing)
     assert "data.images=/none" in refused("prepare", config, f"data.shards={tmp_path}/x", "data.images=/none", *nothing)
     assert "manifest.json is missing" in refused("prepare", config, "--verify", f"data.shards={tmp_path}/x", *nothing)
     given = ("prepare", config, "--pre-draw", f"data.shards={tmp_path}/x")
@@ -136,7 +136,7 @@ def element(place: int, first: int = 0, step: int = 1, count: int = 3) -> dict[s
 def test_shares_by_slurm(monkeypatch, given, share) -> None:
     for name, value in given.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    assert slurm_share() == share
+    assert slurm.share() == share
 
 
 def test_an_array_with_holes_is_refused(monkeypatch, refused) -> None:

@@ -1,0 +1,38 @@
+"""The log of a run: the console, and log.txt in its directory."""
+
+import logging
+import traceback
+from pathlib import Path
+
+from mixar.errors import UserError
+
+log = logging.getLogger("mixar")
+
+
+class _LogFile(logging.FileHandler):
+    """log.txt; on a full disk it misses lines, which the console has, and the run goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
+def start_log(file: Path, rank: int = 0) -> None:
+    """Send the `mixar` logger to the console and to `file`; of ranks but the first, only what is wrong."""
+    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    log.handlers.clear()
+    log.propagate = False
+    text = f"%(asctime)s {f'rank {rank}: ' * bool(rank)}%(message)s"
+    console, kept = logging.StreamHandler(), _LogFile(file, encoding="utf-8")
+    console.setFormatter(logging.Formatter(text, "%H:%M:%S"))
+    kept.setFormatter(logging.Formatter(text, "%Y-%m-%d %H:%M:%S"))
+    for handler in (console, kept):
+        log.addHandler(handler)
+
+
+def keep_in_log(error: BaseException) -> None:
+    """Write into log.txt alone what ends the run: the console is told by the program that ends."""
+    told = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error)).rstrip()
+    record = log.makeRecord(log.name, logging.ERROR, "", 0, f"ended by an error: {told}", (), None)
+    for handler in log.handlers:
+        if isinstance(handler, _LogFile):
+            handler.handle(record)
