@@ -29,12 +29,12 @@ SETTINGS = SampleConfig(steps=4, diffusion_steps="4", guidance=2.0, prior_steps=
 
 @pytest.fixture(scope="session")
 def make_pipeline() -> Callable[..., MixARPipeline]:
-    """Pipelines of 16x16 images in three classes; the argument is the model's guidance."""
+    """Pipelines of 16x16 images in three classes; the arguments are the model's guidance and its head's process."""
 
-    def make(guidance: str = "dc_mix") -> MixARPipeline:
+    def make(guidance: str = "dc_mix", process: str = "ddpm") -> MixARPipeline:
         torch.manual_seed(0)
         guided = guidance != "none"
-        model = MixAR(ModelConfig(**{**vars(MODEL), "guidance": guidance}))
+        model = MixAR(ModelConfig(**{**vars(MODEL), "guidance": guidance, "process": process}))
         init_weights(model, 0)
         vae, tokenizer, prior = VAE(VAE_16).eval(), Tokenizer(TOKENIZER).eval(), Prior(PRIOR).eval()
         for network in (model, prior):  # they start with zeros where they end: the same whatever they are asked for

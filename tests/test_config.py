@@ -210,6 +210,8 @@ def test_an_extreme_value_is_refused_by_its_name_or_can_be_planned_with(file: Pa
         (["sample.diffusion_steps=abc"], "write a count such as 100, sections such as 10,5, or ddim50"),
         (["sample.diffusion_steps=ddim0"], "no respacing of 1000 steps"),
         (["sample.diffusion_steps=1001"], "write 1000 or fewer"),
+        (["model.process=flow", "sample.diffusion_steps=ddim50"], "write sample.diffusion_steps=25"),
+        (["model.process=vp"], "write one of ddpm, flow"),
         (["sample.diffusion_start=49"], "write 50 or fewer, or sample.diffusion_start=999"),
         (["run_dir="], "'run_dir=' gives no value"),
         (["train.micro_batch="], "write train.micro_batch=<value>, or leave train.micro_batch out"),

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mixar.__main__ import main
 from mixar.cards import CARDS
 from mixar.codecs import LatentNorm
-from mixar.config import ENGINES, GUIDANCES, Config, PriorConfig, load_config, to_dict
+from mixar.config import ENGINES, GUIDANCES, PROCESSES, Config, PriorConfig, load_config, to_dict
 from mixar.data.batch import Batch
 from mixar.dist import Place
 from mixar.engine import build_engine
@@ -120,8 +120,8 @@ def kept(cfg: Config, images: int) -> int:
 @pytest.mark.parametrize(
     ("sizes", "guidance", "separable"),
     [(TINY, "dc_mix", False), (TINY, "dc_mix", True), *((MIDDLE, name, False) for name in GUIDANCES),
-     (MIDDLE, "dc_mix", True)],
-    ids=["tiny", "tiny-separable", *GUIDANCES, "separable"],
+     (MIDDLE, "dc_mix", True), ([*MIDDLE, "model.process=flow"], "dc_mix", False)],
+    ids=["tiny", "tiny-separable", *GUIDANCES, "separable", "flow"],
 )  # fmt: skip
 def test_activations_are_what_autograd_keeps(
     sizes: list[str], guidance: str, separable: bool, precision: str, as_on_cuda
@@ -214,12 +214,14 @@ def peak_of(work: Callable[[], Any]) -> int:
     return peak
 
 
+@pytest.mark.parametrize("process", PROCESSES)
 @pytest.mark.parametrize("images", [16, 32], ids=["few-rows", "more-rows-than-timesteps"])
 @pytest.mark.parametrize("separable", ["false", "true"])
 @pytest.mark.parametrize("guidance", GUIDANCES)
-def test_flops_are_those_of_a_real_step(guidance: str, separable: str, images: int) -> None:
+def test_flops_are_those_of_a_real_step(guidance: str, separable: str, images: int, process: str) -> None:
     cfg = config(*TINY, f"model.guidance={guidance}", "model.decoder_width=48", "model.decoder_heads=3",
-                 "model.decoder_depth=2", "model.dropout=0", f"model.separable_adaln={separable}")  # fmt: skip
+                 "model.decoder_depth=2", "model.dropout=0", f"model.separable_adaln={separable}",
+                 f"model.process={process}")  # fmt: skip
     objective, model = objective_of(cfg)
     assert isinstance(model, MixAR)
     # the counter does not know the CPU's fused attention

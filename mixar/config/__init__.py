@@ -8,6 +8,7 @@ from mixar.config.knobs import (
     GUIDANCES,
     ORDERS,
     PRECISIONS,
+    PROCESSES,
     SOLVERS,
     TASKS,
     Config,
@@ -25,7 +26,7 @@ from mixar.config.knobs import (
 )
 from mixar.config.loading import load_config, section_from_dict, to_dict, to_yaml, validate, value_of
 from mixar.config.presets import PRESETS
-from mixar.config.respacing import STEPS, respaced_steps
+from mixar.config.respacing import STEPS, even_times, respaced_steps
 
 __all__ = [
     "ATTENTIONS",
@@ -34,6 +35,7 @@ __all__ = [
     "ORDERS",
     "PRECISIONS",
     "PRESETS",
+    "PROCESSES",
     "SOLVERS",
     "STEPS",
     "TASKS",
@@ -51,6 +53,7 @@ __all__ = [
     "VAEConfig",
     "check_inputs",
     "check_sample",
+    "even_times",
     "images_a_pass",
     "load_config",
     "missing_inputs",

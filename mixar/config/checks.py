@@ -6,7 +6,7 @@ import unicodedata
 from typing import Any
 
 from mixar.config.knobs import Config, SampleConfig
-from mixar.config.respacing import respaced_steps
+from mixar.config.respacing import RESPACINGS, respaced_steps
 from mixar.errors import UserError
 
 _LEVELS = 15  # of a codec, which halve the largest image to one position
@@ -25,7 +25,7 @@ def validate(config: Config) -> None:
     images_a_pass(config, ranks=1)
     check_sample(config.sample)
     if config.task == "mixar":
-        respaced_steps(config.sample.diffusion_steps, config.sample.diffusion_start + 1)
+        RESPACINGS[config.model.process](config.sample.diffusion_steps, config.sample.diffusion_start + 1)
 
 
 def check_sample(sample: SampleConfig) -> None:

@@ -10,6 +10,7 @@ from omegaconf import II
 
 TASKS = ("vae", "tokenizer", "prior", "mixar")
 GUIDANCES = ("none", "dc_mix", "dc_sa", "dc_ca")
+PROCESSES = ("ddpm", "flow")
 PRECISIONS = ("fp32", "bf16")
 SOLVERS = ("ddpm", "dpm")
 ORDERS = ("random", "checkerboard")
@@ -117,9 +118,10 @@ class PriorConfig:
 
 @dataclass
 class ModelConfig:
-    """MAR's backbone and diffusion head, and how the discrete tokens enter."""
+    """MAR's backbone and head, and how the discrete tokens enter."""
 
     guidance: str = _word("dc_mix", *GUIDANCES)
+    process: str = _word("ddpm", *PROCESSES)  # of the head: the paper's DDPM, or flow matching of the velocity
     grid: int = _number(16, 1, _SIDE)  # token positions along a side
     patch: int = _number(1, 1, _SIDE)  # latent cells along a side of a token
     latent_channels: int = II("vae.latent_channels")
@@ -227,7 +229,7 @@ class SampleConfig:
 
     steps: int = _number(64, 1, 2**20)  # K, autoregressive steps
     order: str = _word("random", *ORDERS)  # of the positions; checkerboard: coarse to fine
-    solver: str = _word("ddpm", *SOLVERS)  # ddpm: ancestral; dpm: DPM-Solver++(2M), for few steps
+    solver: str = _word("ddpm", *SOLVERS)  # ddpm: ancestral, also of flow; dpm: DPM-Solver++(2M), for few steps
     diffusion_steps: str = "100"  # S, respacing of the 1000 training steps: "100", "ddim50", or "10,5"
     diffusion_steps_end: int | None = _number(None, 1, 1000)  # DiSA: they fall linearly to these over the K steps
     diffusion_start: int = _number(999, 0, 999)  # training step that denoising starts from

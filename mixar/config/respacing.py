@@ -1,4 +1,7 @@
-"""Which of the training steps of the diffusion a shorter sampling keeps."""
+"""Which times of its training a shorter sampling keeps."""
+
+from collections.abc import Callable
+from typing import Any
 
 from mixar.errors import UserError
 
@@ -44,3 +47,24 @@ def respaced_steps(spec: str, steps: int = STEPS) -> list[int]:
             offset += spacing
         start += size
     return sorted(set(kept))
+
+
+def even_times(spec: str, steps: int = STEPS) -> list[float]:
+    """The times of K steps of flow matching, ascending: `steps` / 1000 of the whole, divided evenly, without 0.
+
+    Args:
+        spec: "K", a count.
+
+    Raises:
+        UserError: a spec that is none.
+    """
+    if not spec.isdecimal() or not 1 <= int(spec) <= STEPS:
+        raise UserError(
+            f"sample.diffusion_steps={spec} is not a count from 1 to {STEPS}, and model.process=flow divides its time "
+            "evenly: write sample.diffusion_steps=25"
+        )
+    return [(k + 1) / int(spec) * steps / STEPS for k in range(int(spec))]
+
+
+RESPACINGS: dict[str, Callable[[str, int], list[Any]]] = {"ddpm": respaced_steps, "flow": even_times}
+"""How each head process (`model.process`) reads `sample.diffusion_steps`."""

@@ -6,7 +6,7 @@ x0 at t = 999 multiplies ε by 2e4.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mixar.config import STEPS, respaced_steps
+from mixar.model.process import Network, Process
 
 
 def cosine_betas(steps: int = STEPS) -> np.ndarray:
@@ -25,8 +26,8 @@ def cosine_betas(steps: int = STEPS) -> np.ndarray:
     return np.array([min(1 - alpha_bar((i + 1) / steps) / alpha_bar(i / steps), 0.999) for i in range(steps)])
 
 
-class Diffusion:
-    """The tables of a (respaced) process and what is computed from them.
+class Diffusion(Process):
+    """DDPM: the tables of a (respaced) process and what is computed from them.
 
     Args:
         spec: a respacing as in `respaced_steps`; None keeps all 1000 steps.
@@ -37,6 +38,9 @@ class Diffusion:
         timesteps: int64 [K], the training step of each step of this process.
     """
 
+    learns_variance = True
+    levels = STEPS
+
     def __init__(self, spec: str | None = None, last: int = STEPS - 1) -> None:
         kept = list(range(STEPS)) if spec is None else respaced_steps(spec, last + 1)
         full = np.cumprod(1 - cosine_betas())[kept]
@@ -46,6 +50,7 @@ class Diffusion:
         previous = np.append(1.0, alphas_bar[:-1])
         variance = betas * (1 - previous) / (1 - alphas_bar)
         self.timesteps = torch.tensor(kept, device="cpu")  # real values also for a model built on the meta device
+        self.alpha, self.sigma = np.sqrt(alphas_bar), np.sqrt(1 - alphas_bar)
         self.tables = {
             "betas": betas,
             "alphas_cumprod": alphas_bar,
@@ -56,8 +61,8 @@ class Diffusion:
             ),
             "posterior_mean_coef1": betas * np.sqrt(previous) / (1 - alphas_bar),
             "posterior_mean_coef2": (1 - previous) * np.sqrt(1 - betas) / (1 - alphas_bar),
-            "sqrt_alphas_cumprod": np.sqrt(alphas_bar),
-            "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - alphas_bar),
+            "sqrt_alphas_cumprod": self.alpha,
+            "sqrt_one_minus_alphas_cumprod": self.sigma,
             "sqrt_recip_alphas_cumprod": np.sqrt(1 / alphas_bar),
             "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / alphas_bar - 1),
             "log_betas": np.log(betas),
@@ -66,8 +71,14 @@ class Diffusion:
             np.stack([self.tables[name] for name in _USED], -1), dtype=torch.float32, device="cpu"
         )
 
-    def __len__(self) -> int:
-        return len(self.timesteps)
+    @staticmethod
+    def times(u: Tensor) -> Tensor:
+        return (u * STEPS).long()
+
+    @staticmethod
+    def loss_bytes(channels: int) -> int:
+        # float32: 13 values and two flags per channel; 8 coefficients, a flag and the timestep (int64) per row
+        return (13 * 4 + 2) * channels + 8 * 4 + 1 + 8
 
     def coefficients(self, t: Tensor | int) -> dict[str, Any]:
         """Every table at steps t [R] of this process, float32 [R, 1] each; at one step numbers, no copy to wait for."""
@@ -77,9 +88,7 @@ class Diffusion:
             self._stacked = self._stacked.to(t.device)
         return dict(zip(_USED, self._stacked[t].unsqueeze(-2).unbind(-1)))
 
-    def losses(
-        self, net: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], x0: Tensor, t: Tensor, noise: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def losses(self, net: Network, x0: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Eq. 5 with the variational term that trains the variance, per row.
 
         Args:
@@ -94,6 +103,7 @@ class Diffusion:
         c = self.coefficients(t)
         x_t = c["sqrt_alphas_cumprod"] * x0 + c["sqrt_one_minus_alphas_cumprod"] * noise
         eps, v = net(x_t, t)
+        assert v is not None
         mse = (noise - eps).square().mean(-1)
         true_mean = c["posterior_mean_coef1"] * x0 + c["posterior_mean_coef2"] * x_t
         true_log_var = c["posterior_log_variance_clipped"]
@@ -115,8 +125,11 @@ class Diffusion:
         log_var = fraction * c["log_betas"] + (1 - fraction) * c["posterior_log_variance_clipped"]
         return x0, c["posterior_mean_coef1"] * x0 + c["posterior_mean_coef2"] * x, log_var
 
+    def clean(self, step: int, x: Tensor, prediction: Tensor) -> Tensor:
+        return _clean(self.coefficients(step), x, prediction)
+
     def ancestral_step(
-        self, step: int | Tensor, x: Tensor, eps: Tensor, v: Tensor, noise: Tensor | None, temperature: float
+        self, step: int | Tensor, x: Tensor, eps: Tensor, v: Tensor | None, noise: Tensor | None, temperature: float, /
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """x_{k-1} from x_k; the temperature scales the step's noise.
 
@@ -127,6 +140,7 @@ class Diffusion:
         Returns:
             the sample [R, C], and mean, log_variance and pred_xstart behind it.
         """
+        assert v is not None
         x0, mean, log_var = self._posterior(self.coefficients(step), x, eps, v)
         parts = {"mean": mean, "log_variance": log_var, "pred_xstart": x0}
         if noise is None:
@@ -134,30 +148,6 @@ class Diffusion:
             return mean, parts
         noisy = (step > 0).float()[:, None] if isinstance(step, Tensor) else float(step > 0)
         return mean + torch.exp(0.5 * log_var) * (noisy * temperature * noise), parts
-
-    def ode_step(self, step: int, x: Tensor, eps: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x_{k-1} from x_k by DPM-Solver++(2M) (Lu et al. 2022), which draws nothing; step 0 gives the clean tokens.
-
-        Args:
-            step: k of this process.
-            x, eps: [R, C].
-            before: [R, C], the clean tokens that step k+1 predicted; None at the first step, which is of first order.
-
-        Returns:
-            [R, C], and the clean tokens that this step predicts.
-        """
-        x0 = _clean(self.coefficients(step), x, eps)
-        if step == 0:
-            return x0, x0
-        alpha, sigma = self.tables["sqrt_alphas_cumprod"], self.tables["sqrt_one_minus_alphas_cumprod"]
-        log_snr = np.log(alpha / sigma)  # half of it, λ
-        h = log_snr[step - 1] - log_snr[step]
-        towards = x0
-        if before is not None:
-            ratio = float(h / (log_snr[step] - log_snr[step + 1]))
-            towards = x0 + 0.5 * ratio * (x0 - before)
-        keep, move = float(sigma[step - 1] / sigma[step]), float(-alpha[step - 1] * np.expm1(-h))
-        return keep * x + move * towards, x0
 
 
 def _clean(c: dict[str, Any], x: Tensor, eps: Tensor) -> Tensor:

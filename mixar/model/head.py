@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixar.model.diffusion import STEPS
+from mixar.config import STEPS
 from mixar.ops import timestep_embed
 
 EPS = 1e-6  # of the head's layer norms
@@ -101,7 +101,7 @@ class FinalLayer(nn.Module):
 
 
 class Head(nn.Module):
-    """ε and variance fraction of a noisy token.
+    """The prediction of a noisy token, and its variance fraction.
 
     Args:
         token_dim: C.
@@ -109,16 +109,20 @@ class Head(nn.Module):
         depth: residual blocks.
         width: their width w.
         separable: modulate by time and by condition each for itself.
+        learn_variance: give the variance fraction; the process knows whether it needs one.
     """
 
-    def __init__(self, token_dim: int, condition: int, depth: int, width: int, separable: bool = False) -> None:
+    def __init__(
+        self, token_dim: int, condition: int, depth: int, width: int, separable: bool = False,
+        learn_variance: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.separable = separable
+        self.separable, self.token_dim = separable, token_dim
         self.time_embed = TimestepEmbedder(width)
         self.cond_embed = nn.Linear(condition, width)
         self.input_proj = nn.Linear(token_dim, width)
         self.res_blocks = nn.ModuleList(ResBlock(width, separable) for _ in range(depth))
-        self.final_layer = FinalLayer(width, 2 * token_dim, separable)
+        self.final_layer = FinalLayer(width, (1 + learn_variance) * token_dim, separable)
 
     def embed(self, times: Tensor, conditions: Tensor, places: Tensor) -> Embedded:
         """What modulates R rows, of embedded times [T, w] and conditions [R / mul, w].
@@ -131,23 +135,23 @@ class Head(nn.Module):
         by_time = gather(times, places)
         return Embedded(F.silu((by_time.unflatten(0, (-1, len(conditions))) + conditions).flatten(0, 1)))
 
-    def denoise(self, x: Tensor, y: Embedded) -> tuple[Tensor, Tensor]:
-        """The network after its embeddings: x [R, C] to ε and v, float32 [R, C] each."""
+    def denoise(self, x: Tensor, y: Embedded) -> tuple[Tensor, Tensor | None]:
+        """The network after its embeddings: x [R, C] to what `forward` gives."""
         x = self.input_proj(x)
         for block in self.res_blocks:
             x = block(x, y)
-        eps, v = self.final_layer(x, y).chunk(2, -1)
-        return eps, v
+        prediction, *v = self.final_layer(x, y).split(self.token_dim, -1)
+        return prediction, v[0] if v else None
 
-    def forward(self, x: Tensor, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """ε and the variance fraction v, float32 [R, C] each.
+    def forward(self, x: Tensor, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the process predicts, ε or a velocity, and the variance fraction v; float32 [R, C] each.
 
         Args:
             x: [R, C], mul times the R / mul tokens one after the other.
-            t: int64 [R] in 0..999.
+            t: [R], int64 in 0..999, or float32 in [0, 1000].
             z: [R / mul, D], their conditions.
         """
-        if len(t) > STEPS:  # each timestep is embedded once, not each row's
+        if len(t) > STEPS and not t.is_floating_point():  # each timestep is embedded once, not each row's
             times, places = torch.arange(STEPS, device=t.device), t
         else:
             times, places = t, torch.arange(len(t), device=t.device)

@@ -1,19 +1,22 @@
-"""MixAR: MAR's encoder, decoder and diffusion head, with the discrete tokens entering in one of four ways."""
+"""MixAR: MAR's encoder, decoder and head, with the discrete tokens entering in one of four ways."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from mixar.config import ModelConfig
+from mixar.config import STEPS, ModelConfig
 from mixar.mixing import Masking, Mixture
 from mixar.model.attention import Wanted
 from mixar.model.blocks import Block
 from mixar.model.diffusion import Diffusion
 from mixar.model.dropout import token_keys
+from mixar.model.flow import Flow
 from mixar.model.guidance import guidance_of
 from mixar.model.head import Head
+from mixar.model.process import Process
 
 
 def patchify(latents: Tensor, patch: int) -> Tensor:
@@ -27,34 +30,49 @@ def unpatchify(tokens: Tensor, patch: int) -> Tensor:
     return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=side, p=patch, q=patch)
 
 
+PROCESSES: dict[str, Callable[[str | None, int], Process]] = {"ddpm": Diffusion, "flow": Flow}
+
+
+def process_of(cfg: ModelConfig, spec: str | None = None, last: int = STEPS - 1) -> Process:
+    """The process of `cfg`; arguments as in `Process`."""
+    return PROCESSES[cfg.process](spec, last)
+
+
 class Losses(NamedTuple):
-    """The diffusion loss of a batch, per row so that it can be looked at by timestep and mask ratio.
+    """The loss of a batch, per row so that it can be looked at by time and mask ratio.
 
     A tuple, since sharding engines look for the tensors of a network's output, and see into no other class.
 
     Attributes:
         loss: [], the mean over an image's masked rows, then over images.
-        mse, vb: float32 [mul, R], detached.
+        mse, vb: the process's terms, float32 [mul, R], detached; vb is None where it does not learn its variance.
     """
 
     loss: Tensor
     mse: Tensor
-    vb: Tensor
+    vb: Tensor | None
+
+    @property
+    def rows(self) -> Tensor:
+        """The sum of the terms, [mul, R]."""
+        return self.mse if self.vb is None else self.mse + self.vb
 
 
 class DiffusionHead(nn.Module):
     """The head under the name of the public weights, `diffloss.net.*`."""
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: ModelConfig, learn_variance: bool) -> None:
         super().__init__()
-        self.net = Head(cfg.token_dim, cfg.decoder_width, cfg.head_depth, cfg.head_width, cfg.separable_adaln)
+        self.net = Head(
+            cfg.token_dim, cfg.decoder_width, cfg.head_depth, cfg.head_width, cfg.separable_adaln, learn_variance
+        )
 
 
 class MixAR(nn.Module):
     """Continuous masked autoregression p(x_c | x_d) (Eq. 6).
 
     State-dict names are those of the public MAR weights, which load into `guidance: none` as they are. How the discrete
-    tokens enter is the matter of `mixar.model.guidance`.
+    tokens enter is the matter of `mixar.model.guidance`, what the head predicts of `mixar.model.process`.
     """
 
     def __init__(self, cfg: ModelConfig) -> None:
@@ -80,8 +98,8 @@ class MixAR(nn.Module):
         for name, part in self.guidance.parts().items():
             setattr(self, name, part)
 
-        self.diffloss = DiffusionHead(cfg)
-        self.diffusion = Diffusion()
+        self.process = process_of(cfg)
+        self.diffloss = DiffusionHead(cfg, self.process.learns_variance)
 
     def _blocks(self, width: int, heads: int, depth: int) -> nn.ModuleList:
         cfg = self.config
@@ -179,13 +197,13 @@ class MixAR(nn.Module):
         keys: Tensor | None = None,
         mixture: Mixture | None = None,
     ) -> Losses:
-        """The diffusion loss (Eq. 5) on the masked rows, each at `mul` noise levels.
+        """The process's loss (Eq. 5) on the masked rows, each at `mul` noise levels.
 
         Args:
             tokens: x_c [B, N, C], normalised.
             labels: int64 [B].
             codes: int64 [B, N], negative where dropped; None under `guidance: none`.
-            t: int64 [mul, R] in 0..999 for the R masked rows.
+            t: [mul, R] for the R masked rows, as the process's `times` gives them.
             noise: ε [mul, R, C].
             drop: bool [B], where the class is dropped.
             keys: as in `encode`; needed to train with dropout.
@@ -201,7 +219,7 @@ class MixAR(nn.Module):
         target = tokens.flatten(0, 1)[rows]
         mul = len(t)
         net = lambda x, t: self.diffloss.net(x, t, z)
-        mse, vb = self.diffusion.losses(net, target.repeat(mul, 1), t.flatten(), noise.flatten(0, 1))
-        mse, vb = mse.view(mul, -1), vb.view(mul, -1)
-        loss = ((mse + vb).mean(0) * masking.row_weights).sum()
-        return Losses(loss, mse.detach(), vb.detach())
+        mse, vb = self.process.losses(net, target.repeat(mul, 1), t.flatten(), noise.flatten(0, 1))
+        each = (mse if vb is None else mse + vb).view(mul, -1)
+        loss = (each.mean(0) * masking.row_weights).sum()
+        return Losses(loss, mse.detach().view(mul, -1), None if vb is None else vb.detach().view(mul, -1))

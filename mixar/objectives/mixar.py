@@ -1,4 +1,4 @@
-"""Training MixAR: mask, TI-Mix, diffusion loss. The training step of the paper on one page."""
+"""Training MixAR: mask, TI-Mix, the head's loss. The training step of the paper on one page."""
 
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,13 @@ from torch import Tensor, nn
 
 from mixar import draws
 from mixar.codecs import LatentNorm, posterior
-from mixar.config import Config, to_dict
+from mixar.config import STEPS, Config, to_dict
 from mixar.data.batch import Batch, on_device
 from mixar.draws import Stream
 from mixar.engine import Scalars
 from mixar.log import log
 from mixar.mixing import Masking, Mixture, ground_truth_share, masked_counts
-from mixar.model import MixAR, initial_value, patchify
-from mixar.model.diffusion import STEPS
+from mixar.model import MixAR, initial_value, patchify, process_of
 from mixar.objectives.base import mean_of, means_by_bucket
 from mixar.objectives.frozen import Frozen
 from mixar.prior import Prior, fill
@@ -28,7 +27,7 @@ RATIO_BUCKETS = [f"loss/mask{low}-{low + 10}%" for low in range(0, 100, 10)]
 
 
 class MixARObjective:
-    """The diffusion loss under any guidance, with TI-Mix online or from pre-drawn tokens.
+    """The head's loss under any guidance, with TI-Mix online or from pre-drawn tokens.
 
     Args:
         norm: the latents' normalisation, from the shards' manifest or MAR's scale.
@@ -39,6 +38,7 @@ class MixARObjective:
     def __init__(self, cfg: Config, norm: LatentNorm, device: torch.device, made: dict[str, Any] | None = None) -> None:
         self.cfg = cfg
         self.norm = norm
+        self.process = process_of(cfg.model)
         self.frozen = Frozen(cfg, made or {})
         online = cfg.ti_mix.enabled and cfg.ti_mix.source == "online"
         self.prior: Prior | None = self.frozen.prior.to(device) if online else None
@@ -60,7 +60,7 @@ class MixARObjective:
         codes, mixture, share, generated = self._codes(batch, masking, epoch)
         drop = draws.uniform(seed, Stream.CLASS_DROP, batch.index, 1)[:, 0] < cfg.class_drop_prob
         rows = masking.masked_rows
-        t = (draws.uniform(seed, Stream.TIMESTEP, batch.index, mul, n) * STEPS).long()
+        t = self.process.times(draws.uniform(seed, Stream.TIMESTEP, batch.index, mul, n))
         t = rearrange(t, "b mul n -> mul (b n)")[:, rows]
         noise = draws.normal(seed, Stream.NOISE, batch.index, mul, n, c)
         noise = rearrange(noise, "b mul n c -> mul (b n) c")[:, rows]
@@ -69,10 +69,12 @@ class MixARObjective:
 
         losses = model(self._tokens(batch), batch.labels, masking, codes, t, noise, drop, keys, mixture)
 
-        each = losses.mse + losses.vb
+        each = losses.rows
         ratio = masking.masked.float().mean(-1)[rows // n].expand_as(each)
-        scalars = {"loss": mean_of(losses.loss), "loss/mse": mean_of(losses.mse), "loss/vb": mean_of(losses.vb)}
-        scalars |= means_by_bucket(each.flatten(), t.flatten() // 250, T_BUCKETS)
+        scalars = {"loss": mean_of(losses.loss), "loss/mse": mean_of(losses.mse)}
+        if losses.vb is not None:
+            scalars["loss/vb"] = mean_of(losses.vb)
+        scalars |= means_by_bucket(each.flatten(), t.flatten().long() // 250, T_BUCKETS)
         # a ratio of 1 belongs to the last bucket; the 1e-6 keeps 0.9 from falling below its own edge
         scalars |= means_by_bucket(each.flatten(), (ratio.flatten() * 10 + 1e-6).long().clamp_max(9), RATIO_BUCKETS)
         if codes is not None:

@@ -5,7 +5,7 @@ attention keeps no probabilities.
 """
 
 from mixar.config import ModelConfig
-from mixar.model import guidance_of
+from mixar.model import guidance_of, process_of
 from mixar.model.head import TimestepEmbedder
 from mixar.plan.work import Tokens
 
@@ -49,8 +49,7 @@ def activation_bytes(cfg: ModelConfig, tokens: Tokens, precision: str, recompute
     embedded = tokens.times * e * (TimestepEmbedder.features + 2 * w) + tokens.masked * e * dec
     embedded += (tokens.masked + tokens.times if cfg.separable_adaln else tokens.rows) * 2 * e * w
     final = 2 * e * w + 3 * _F32 * w + _STATISTICS  # shift | scale; the norm's input and output, input of the linear
-    # the loss, in float32: 13 values and two flags a channel; 8 coefficients, a flag and the timestep (int64) a row
-    loss = (13 * _F32 + 2) * cfg.token_dim + 8 * _F32 + 1 + 8
+    loss = process_of(cfg).loss_bytes(cfg.token_dim)
     head = cfg.head_depth * residual + embedded + tokens.rows * (e * cfg.token_dim + final + loss)
     return {"backbone": backbone, "head": head, "again": max(again, default=0.0)}
 

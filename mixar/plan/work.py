@@ -7,8 +7,7 @@ from torch import nn
 
 from mixar.config import Config, ModelConfig
 from mixar.mixing import ground_truth_share, masked_counts
-from mixar.model import MixAR, guidance_of
-from mixar.model.diffusion import STEPS
+from mixar.model import MixAR, guidance_of, process_of
 from mixar.prior import Prior
 
 RECOMPUTED = {  # parameters of the blocks that each `engine.recompute` runs forward twice
@@ -26,7 +25,7 @@ class Tokens:
     """What one image brings to each part of MixAR, as means over images.
 
     Attributes:
-        images: of a pass, whose rows share one table of embedded timesteps.
+        images: of a pass, whose rows share one table of embedded times.
     """
 
     encoder: float  # prefix + V
@@ -34,12 +33,8 @@ class Tokens:
     decoder: int  # prefix + N
     masked: float  # N - V
     rows: float  # of the head: masked positions x noise levels
+    times: float  # that the head embeds: those of the rows, or the process's where it has fewer
     images: int
-
-    @property
-    def times(self) -> float:
-        """Timesteps that the head embeds: those of the pass's rows, or all there are where these are fewer."""
-        return min(self.rows, STEPS / self.images)
 
     @classmethod
     def of(cls, cfg: ModelConfig, visible: Sequence[int], images: int) -> "Tokens":
@@ -47,9 +42,10 @@ class Tokens:
         prefix = cfg.class_tokens + guidance_of(cfg).prefix
         lengths = [prefix + v for v in visible]
         masked = cfg.tokens - sum(visible) / len(visible)
+        rows = masked * cfg.diffusion_batch_mul
         return cls(
             sum(lengths) / len(lengths), sum(length**2 for length in lengths) / len(lengths), prefix + cfg.tokens,
-            masked, masked * cfg.diffusion_batch_mul, images,
+            masked, rows, min(rows, process_of(cfg).levels / images), images,
         )  # fmt: skip
 
 

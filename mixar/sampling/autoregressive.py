@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from mixar import draws
-from mixar.config import SampleConfig
+from mixar.config import ModelConfig, SampleConfig
 from mixar.draws import Stream
 from mixar.mixing import Masking
-from mixar.model import Diffusion, MixAR
+from mixar.model import SOLVERS, MixAR, Process, process_of
 from mixar.model.attention import Wanted
 from mixar.model.head import Head
 
@@ -132,24 +132,27 @@ class KeyedNoise:
         return draws.normal(0, Stream.SAMPLE_STEP, self._keys[rows], self.channels, start=start)
 
 
-def predict(head: Head, x: Tensor, time: Tensor, conditions: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """ε and the variance fraction of rows that share a timestep, [R, C] each.
+def predict(
+    head: Head, x: Tensor, time: Tensor, conditions: Tensor, scale: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The head's prediction and variance fraction for rows that share a timestep, [R, C] each.
 
     Args:
         x: [R, C].
         time: [1, w], the embedded timestep.
         conditions: [R, w] embedded; under guidance [2R, w], with class, then without.
-        scale: []; ε is guided as ε_null + scale · (ε - ε_null), the variance never is. None without guidance.
+        scale: []; the prediction, ε for one, is guided as ε_null + scale · (ε - ε_null), the variance never is. None
+            without guidance.
     """
     y = head.embed(time, conditions, torch.zeros(len(conditions), dtype=torch.int64, device=x.device))
     if scale is None:
         return head.denoise(x, y)
     both, fractions = head.denoise(x.repeat(2, 1), y)
-    eps, null = both.chunk(2)
-    return null + scale * (eps - null), fractions[: len(x)]
+    prediction, null = both.chunk(2)
+    return null + scale * (prediction - null), None if fractions is None else fractions[: len(x)]
 
 
-Predict = Callable[[Head, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+Predict = Callable[[Head, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 
 
 def compiled_predict(device: torch.device) -> Predict:
@@ -162,7 +165,7 @@ def compiled_predict(device: torch.device) -> Predict:
 
 def denoise(
     head: Head,
-    diffusion: Diffusion,
+    process: Process,
     z: Tensor,
     scale: float,
     initial: Tensor,
@@ -180,23 +183,20 @@ def denoise(
         run: `predict`, or what it was compiled to.
     """
     # all rows share t, and the condition does not change: both are embedded once, not in every step
-    times = head.time_embed(diffusion.timesteps.to(z.device))
+    times = head.time_embed(process.timesteps.to(z.device))
     conditions = head.cond_embed(z)
     weight = None if scale == 1 else torch.full((), scale, device=z.device)
+    solve = SOLVERS[settings.solver]
     x, clean = initial, None
-    for done, step in enumerate(reversed(range(len(diffusion)))):
-        eps, v = run(head, x, times[step : step + 1], conditions, weight)
-        if settings.solver == "dpm":
-            x, clean = diffusion.ode_step(step, x, eps, clean)
-        else:
-            noise = noise_at(done) if step > 0 else None
-            x, _ = diffusion.ancestral_step(step, x, eps, v, noise, settings.temperature)
+    for done, step in enumerate(reversed(range(len(process)))):
+        outputs = run(head, x, times[step : step + 1], conditions, weight)
+        x, clean = solve(process, step, x, outputs, clean, partial(noise_at, done), settings.temperature)
         yield x
 
 
 @lru_cache(maxsize=64)
-def _process(spec: str, start: int, device: torch.device) -> Diffusion:
-    process = Diffusion(spec, start)
+def _process(kind: str, spec: str, start: int, device: torch.device) -> Process:
+    process = process_of(ModelConfig(process=kind), spec, start)
     process.timesteps = process.timesteps.to(device)
     return process
 
@@ -244,8 +244,8 @@ def sample_steps(
         guiding = None if codes is None else codes.repeat(copies, 1)
         z = model.condition(tokens.repeat(copies, 1, 1), torch.cat(classes[:copies]), masking, guiding, wanted)
         initial, during = noise.initial(index, rows), partial(noise.during, index, rows=rows)
-        diffusion = _process(plan.diffusion_steps, settings.diffusion_start, order.device)
-        *_, x = denoise(model.diffloss.net, diffusion, z, plan.guidance, initial, during, settings, run)
+        process = _process(model.config.process, plan.diffusion_steps, settings.diffusion_start, order.device)
+        *_, x = denoise(model.diffloss.net, process, z, plan.guidance, initial, during, settings, run)
         tokens = tokens.flatten(0, 1).index_copy(0, rows, x).view_as(tokens)
         yield Step(plan, rows, z, tokens)
 

@@ -25,7 +25,7 @@ from mixar.config import (
 from mixar.dist import fast_precision
 from mixar.errors import UserError
 from mixar.files import creating_folder
-from mixar.model import Diffusion, MixAR, unpatchify
+from mixar.model import MixAR, process_of, unpatchify
 from mixar.prior import Prior, keyed_draws, load_prior, sample_codes
 from mixar.sampling.autoregressive import compiled_predict, predict, sample_tokens
 from mixar.sampling.packed import pack_linears
@@ -234,7 +234,8 @@ class MixARPipeline:
             most, steps = self.prior.config.grid**2 * self.prior.config.splits, self.settings.prior_steps
             if steps > most:  # there MaskBit's loop masks everything again
                 raise UserError(f"{steps} prior steps exceed the {most} sub-tokens of an image: take {most} or fewer")
-        Diffusion(self.settings.diffusion_steps, self.settings.diffusion_start)  # a late start leaves few steps to take
+        # a late start leaves few steps to take
+        process_of(self.model.config, self.settings.diffusion_steps, self.settings.diffusion_start)
         return labels, seeds
 
     def _batches(self, count: int, progress: str | None = None) -> Iterator[slice]:

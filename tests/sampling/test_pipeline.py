@@ -32,9 +32,9 @@ def test_image_depends_on_its_seed_alone(make_pipeline, guidance):
     assert difference(pipeline([2, 2, 0, 1, 0], SEEDS), together) > 1
 
 
-@pytest.mark.parametrize("guidance", ["none", "dc_sa"])
-def test_round_trip(make_pipeline, tmp_path, guidance):
-    pipeline = make_pipeline(guidance)
+@pytest.mark.parametrize(("guidance", "process"), [("none", "ddpm"), ("dc_sa", "flow")])
+def test_round_trip(make_pipeline, tmp_path, guidance, process):
+    pipeline = make_pipeline(guidance, process)
     folder = pipeline.save_pretrained(tmp_path / "run" / "exports" / "9-ema", images=9)
     again = mixar.MixARPipeline.from_pretrained(tmp_path / "run", "cpu", "fp32")
     for name, network in again.networks.items():

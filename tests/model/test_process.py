@@ -1,0 +1,85 @@
+"""Flow matching, the head's second process; the first is held by tests/golden."""
+
+import pytest
+import torch
+
+from mixar.config import ModelConfig
+from mixar.errors import UserError
+from mixar.model import MixAR, init_weights
+from mixar.model.flow import Flow
+from mixar.model.head import Head
+
+MEAN, STD = 1.5, 0.3
+
+
+def test_the_velocity_of_the_path_has_no_loss_and_its_error_is_the_loss() -> None:
+    x0, noise, t = torch.randn(7, 3), torch.randn(7, 3), Flow.times(torch.rand(7))
+    seen = []
+
+    def net(x_t: torch.Tensor, times: torch.Tensor) -> tuple[torch.Tensor, None]:
+        seen.append((x_t, times))
+        return noise - x0 + 0.5, None
+
+    mse, vb = Flow().losses(net, x0, t, noise)
+    torch.testing.assert_close(mse, torch.full((7,), 0.25))
+    assert vb is None
+    (x_t, times), s = seen[0], t[:, None] / 1000
+    torch.testing.assert_close(x_t, x0 + s * (noise - x0))
+    assert torch.equal(times, t)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 25])
+def test_a_sampling_divides_its_time_evenly(steps: int) -> None:
+    whole, late = Flow(str(steps)), Flow(str(steps), 499)
+    torch.testing.assert_close(whole.timesteps, 1000 * torch.arange(1, steps + 1) / steps)
+    torch.testing.assert_close(late.timesteps, whole.timesteps / 2)
+
+
+def test_ancestral_steps_keep_the_distribution_of_a_gaussian() -> None:
+    """With the velocity of a narrow Gaussian's best prediction, draws end with its mean and nearly its deviation."""
+    process, generator = Flow("200"), torch.Generator().manual_seed(0)
+    x = torch.randn(20000, 1, generator=generator)
+    for step in reversed(range(len(process))):
+        alpha, sigma = float(process.alpha[step]), float(process.sigma[step])
+        x0 = MEAN + alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * (x - alpha * MEAN)
+        noise = torch.randn(x.shape, generator=generator)
+        x, parts = process.ancestral_step(step, x, (x - x0) / sigma, None, noise, 1.0)
+        torch.testing.assert_close(parts["pred_xstart"], x0, rtol=1e-4, atol=1e-4)
+    assert x.mean().item() == pytest.approx(MEAN, abs=0.01)
+    assert x.std().item() == pytest.approx(STD, rel=0.05)
+
+
+def test_the_last_ancestral_step_gives_the_clean_tokens_and_a_temperature_of_zero_the_mean() -> None:
+    process, x, velocity = Flow("4"), torch.randn(5, 3), torch.randn(5, 3)
+    done, _ = process.ancestral_step(0, x, velocity, None, None, 1.0)
+    torch.testing.assert_close(done, x - 0.25 * velocity)
+    cold, parts = process.ancestral_step(2, x, velocity, None, torch.randn(5, 3), 0.0)
+    assert torch.equal(cold, parts["mean"])
+
+
+@pytest.mark.parametrize("spec", ["ddim50", "10,5", "0", "1001"])
+def test_what_does_not_divide_evenly_is_refused(spec: str) -> None:
+    with pytest.raises(UserError, match=r"write sample\.diffusion_steps=25"):
+        Flow(spec)
+
+
+def test_the_head_takes_times_between_the_steps() -> None:
+    torch.manual_seed(0)
+    head = Head(4, 24, 2, 16, learn_variance=False)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.3)
+    x, z, t = torch.randn(1200, 4), torch.randn(300, 24), torch.randint(0, 1000, (1200,))
+    looked_up, v = head(x, t, z)
+    assert v is None
+    torch.testing.assert_close(head(x, t.float(), z)[0], looked_up, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(head(x, t + 0.5, z)[0], looked_up)
+
+
+def test_only_a_process_that_learns_its_variance_has_an_output_for_it() -> None:
+    sizes = {"encoder_width": 32, "encoder_depth": 1, "encoder_heads": 2, "decoder_width": 32, "decoder_depth": 1,
+             "decoder_heads": 2, "head_depth": 2, "head_width": 16, "code_bits": 4, "classes": 3}  # fmt: skip
+    ddpm, flow = (MixAR(ModelConfig(process=kind, latent_channels=4, **sizes)) for kind in ("ddpm", "flow"))
+    init_weights(flow, 0)
+    assert ddpm.state_dict().keys() == flow.state_dict().keys()
+    shapes = [network.state_dict()["diffloss.net.final_layer.linear.weight"].shape[0] for network in (ddpm, flow)]
+    assert shapes == [8, 4]
