@@ -78,8 +78,9 @@ class RunDirectory:
         if unlocked:
             log.warning("%s: see that no other process trains in %s", unlocked, self.path)
         self._check(self.cfg)
-        for left in self.path.glob(f".*{files.PART}"):  # of a start that was killed
-            left.unlink()
+        for name in ("config.yaml", "env.json", "metrics.jsonl"):
+            for left in self.path.glob(f".{name}.*{files.PART}"):  # of a start that was killed
+                left.unlink()
         self._sweep()
         return lock
 
@@ -140,7 +141,8 @@ class RunDirectory:
             return
         (aside / "config.yaml").write_text(to_yaml(self.cfg))
         (aside / "progress.json").write_text(json.dumps({"format": FORMAT, **vars(progress), "data": self.data}))
-        sums = {name: value for part in [*parts, _sums(aside, ".metadata")] for name, value in part.items()}
+        own = (_sums(aside, name) for name in (".metadata", "config.yaml", "progress.json"))
+        sums = {name: value for part in [*parts, *own] for name, value in part.items()}
         (aside / DONE).write_text(json.dumps(sums, indent=2) + "\n")
         files.sync(*aside.iterdir(), aside)
         if final.exists():
@@ -305,9 +307,16 @@ def read_head(folder: Path) -> tuple[dict[str, Any], str | None]:
     try:
         saved = json.loads((folder / "progress.json").read_text())
         if saved["format"] != FORMAT:
-            return saved, f"format {saved['format']}, this version reads {FORMAT}"
-        return saved | {"sums": json.loads((folder / DONE).read_text())}, None
-    except (OSError, ValueError, KeyError) as error:
+            return {}, f"format {saved['format']}, this version reads {FORMAT}"
+        sums = json.loads((folder / DONE).read_text())
+        numbers = isinstance(saved["step"], int) and isinstance(saved["images"], int)
+        if not numbers or not isinstance(saved.get("data", {}), dict):
+            return {}, "progress.json is damaged"
+        # of the first of this format, DONE has no sums of config.yaml and progress.json
+        if lacking := {".metadata", *(path.name for path in folder.glob("__*_*"))} - sums.keys():
+            return {}, f"DONE lacks the sum of {', '.join(sorted(lacking))}"
+        return saved | {"sums": sums}, None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return {}, f"{type(error).__name__}: {error}"
 
 

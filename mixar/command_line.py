@@ -1,4 +1,4 @@
-"""The command line: what each verb is told, in a file that imports nothing heavy, so that help comes at once."""
+"""The command line: the arguments of each verb, in a file that imports nothing heavy, so that help comes at once."""
 
 import argparse
 import inspect
@@ -22,7 +22,7 @@ FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "steps": (int, "autoregressive steps"),
     "order": (str, f"of the positions: {' or '.join(ORDERS)}"),
     "solver": (str, "of the denoising: ddpm, or dpm, which takes fewer steps"),
-    "diffusion_steps": (str, "denoising steps of a token: 100, ddim50, or 10,5"),
+    "diffusion_steps": (str, "denoising steps per token: 100, ddim50, or 10,5"),
     "diffusion_steps_end": (int, "DiSA: what the denoising steps fall to over the autoregressive steps"),
     "diffusion_start": (int, "training step that denoising starts from, 999 or below"),
     "guidance": (float, "classifier-free guidance; 1 is none"),
@@ -54,7 +54,7 @@ def sampling_flags(args: argparse.Namespace) -> list[str]:
 
 
 def flag(name: str) -> str:
-    """How the command line says a setting: `--name`."""
+    """The flag of a setting: `--name`."""
     return "--" + name.replace("_", "-")
 
 
@@ -194,7 +194,7 @@ def _plan(parser: argparse.ArgumentParser) -> None:
         mixar plan CONFIG [key=value ...] --gpus 32 --gpu h100
         mixar plan CONFIG --print run_dir
 
-    With --gpus also memory a rank by part, bytes moved, images/s and days under each engine, and what that assumes.
+    With --gpus also memory per rank by part, bytes moved, images/s and days under each engine, and what that assumes.
     """
     parser.add_argument("config", help="yaml file, such as configs/mixar_l.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -211,13 +211,13 @@ def _doctor(parser: argparse.ArgumentParser) -> None:
         srun --ntasks-per-node=8 mixar doctor CONFIG    every rank checks its place; so under torchrun -m mixar doctor
 
     Of several ranks the first one's findings are shown, then where other nodes differ, and a timed all-reduce. A line
-    is `ok`, a `note` (it works, within the limit told), or `bad` (it will fail).
+    is `ok`, a `note` (it works, within the limit stated), or `bad` (it will fail).
     """
     parser.add_argument("given", nargs="*", metavar="CONFIG key=value", help="a run to check for, both parts optional")
 
 
 class Verb(NamedTuple):
-    """What `mixar <verb>` reads, where its `run(args)` is, and what it does in a few words."""
+    """The arguments of `mixar <verb>`, the module of its `run(args)`, and its purpose in a few words."""
 
     arguments: Callable[[argparse.ArgumentParser], None]
     module: str
@@ -238,7 +238,7 @@ VERBS = {
 
 
 def verb_parser(verb: str) -> argparse.ArgumentParser:
-    """What reads the arguments of one of `VERBS`."""
+    """The argument parser of one of `VERBS`."""
     parser = argparse.ArgumentParser(
         prog=f"mixar {verb}", description=inspect.getdoc(VERBS[verb].arguments),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Stream(IntEnum):
-    """What a draw is for. Streams are independent of each other; never renumber them, old runs resume by them."""
+    """The purpose of a draw. Streams are independent of each other; never renumber them, old runs resume by them."""
 
     DATA_ORDER = 1
     FLIP = 2
@@ -62,7 +62,7 @@ def bits(seed: int, stream: Stream, index: Tensor, *shape: int, start: int = 0) 
     """64 random bits an element.
 
     Args:
-        seed: the run's seed, or 0 where `index` itself holds one seed an image.
+        seed: the run's seed, or 0 where `index` itself holds one seed per image.
         index: int64 [B], the global index (or seed) of each image.
         shape: the shape of one image's draws.
         start: the counter of the first draw, to continue a stream where an earlier call of it ended.

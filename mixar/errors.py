@@ -13,14 +13,14 @@ class UserError(Exception):
     """
 
     status = 2
-    elsewhere = False  # whether another process tells of it
+    elsewhere = False  # whether another process reports it
 
     def __str__(self) -> str:
         return printable(super().__str__())
 
 
 class PassingError(UserError):
-    """What may be over when the same command is started again, such as a lost connection: job scripts do start it."""
+    """An error that may be gone when the same command starts again, such as a lost connection: job scripts retry it."""
 
     status = 75  # EX_TEMPFAIL
 
@@ -45,5 +45,5 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters, and what is no character at all, written as escapes: names may hold anything."""
+    """`text` with control characters and lone surrogates written as escapes: names may hold anything."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -30,9 +30,9 @@ def start_log(file: Path, rank: int = 0) -> None:
 
 
 def keep_in_log(error: BaseException) -> None:
-    """Write into log.txt alone what ends the run: the console is told by the program that ends."""
-    told = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error)).rstrip()
-    record = log.makeRecord(log.name, logging.ERROR, "", 0, f"ended by an error: {told}", (), None)
+    """Write what ends the run into log.txt alone: the program that ends reports it on the console."""
+    message = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error)).rstrip()
+    record = log.makeRecord(log.name, logging.ERROR, "", 0, f"ended by an error: {message}", (), None)
     for handler in log.handlers:
         if isinstance(handler, _LogFile):
             handler.handle(record)

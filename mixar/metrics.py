@@ -1,4 +1,4 @@
-"""What a run tells: TensorBoard, metrics.jsonl with the same scalars, and one console line an interval."""
+"""The reports of a run: TensorBoard, metrics.jsonl with the same scalars, and one console line per interval."""
 
 import json
 import math
@@ -28,7 +28,7 @@ class Metrics:
     def __init__(self, run_dir: Path, step: int, images: int, total: int) -> None:
         self.path = run_dir / "metrics.jsonl"
         if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
+            kept = [line for line in self.path.read_text(errors="replace").splitlines() if _step_of(line) <= step]
             files.write_text(self.path, "".join(f"{line}\n" for line in kept))
         self.board = SummaryWriter(str(run_dir / "tb"), purge_step=step + 1)
         self.total = total
@@ -44,8 +44,8 @@ class Metrics:
         rate = seen / max(elapsed, 1e-9)
         self._rate = rate if self._rate == 0 else 0.7 * self._rate + 0.3 * rate
         scalars = scalars | {"images_per_second": rate, "data_wait": wait / max(elapsed, 1e-9)}
-        told = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        record = {"step": step, "images": images, "time": datetime.now(UTC).isoformat(timespec="seconds"), **told}
+        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        record = {"step": step, "images": images, "time": datetime.now(UTC).isoformat(timespec="seconds"), **finite}
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         for name, value in scalars.items():
@@ -94,7 +94,8 @@ class Averages:
 
 
 def _step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinite for what is not one, such as a line torn by a kill."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return math.inf  # a line torn by a kill
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

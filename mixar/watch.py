@@ -1,4 +1,4 @@
-"""What a run tells when it hangs."""
+"""The report of a run that hangs."""
 
 import sys
 import threading
@@ -42,7 +42,7 @@ class Watchdog(AbstractContextManager):
                 continue
             log.error("no step in %g s since step %s began; the threads of this rank:\n%s", self.timeout, self._step,
                       _stacks())  # fmt: skip
-            self._beaten.wait()  # told once
+            self._beaten.wait()  # reported once
 
 
 def _stacks() -> str:

@@ -148,7 +148,8 @@ def read_fitting(
         UserError: as `read_state`, or not one tensor fits.
     """
     if Path(path).is_dir():
-        state = read_state(find_export(path) / "model.safetensors")
+        folder = find_export(path)
+        state = _read_weights(folder, describe_export(folder))
     else:
         state = read_state(path, PUBLIC["mar"].nesting, trust_pickle)
     fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
@@ -245,9 +246,7 @@ def newest_export(run: Path) -> Path | None:
 def holds(folder: str | Path, state: Mapping[str, Tensor]) -> bool:
     """Whether the export `folder` is whole and of just these weights."""
     try:
-        known = describe_export(folder).get("fingerprint")
-        known = known or fingerprint(read_state(Path(folder) / "model.safetensors"))
-        return is_export(folder) and known == fingerprint(state)
+        return fingerprint(_read_weights(Path(folder), describe_export(folder))) == fingerprint(state)
     except UserError:
         return False
 
@@ -270,7 +269,7 @@ def read_export(folder: str | Path, kind: str) -> tuple[dict[str, Any], State]:
     """The config.json and the state dict of the export `folder`.
 
     Raises:
-        UserError: no export, a broken one, or one of another kind.
+        UserError: no export, a broken one, one of another kind, or other weights than it was written with.
     """
     folder = Path(folder)
     if not is_export(folder):
@@ -278,7 +277,19 @@ def read_export(folder: str | Path, kind: str) -> tuple[dict[str, Any], State]:
     description = describe_export(folder)
     if description["kind"] != kind:
         raise UserError(f"{folder} holds weights of kind '{description['kind']}', expected '{kind}'")
-    return description, read_state(folder / "model.safetensors")
+    return description, _read_weights(folder, description)
+
+
+def _read_weights(folder: Path, description: Mapping[str, Any]) -> State:
+    """The state dict of the export `folder`; UserError where its config.json was written with another."""
+    state = read_state(folder / "model.safetensors")
+    known = description.get("fingerprint")  # not in the first exports
+    if known is not None and known != (found := fingerprint(state)):
+        raise UserError(
+            f"{folder}/model.safetensors holds other weights than its config.json was written with (fingerprint "
+            f"{found} instead of {known}): it is damaged, or not of this folder; export again, or copy whole folders"
+        )
+    return state
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
@@ -295,7 +306,7 @@ def _read_safetensors(path: Path) -> State:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is broken or no safetensors file ({error}): fetch it again") from None
+        raise UserError(f"{path} is broken or no safetensors file ({error}): fetch or export it again") from None
 
 
 def _read_pickle(path: Path, trust_pickle: bool) -> Any:

@@ -375,11 +375,11 @@ def test_what_does_not_fit_is_told_with_what_would() -> None:
     assert not ddp["fits"] and "images_per_second" not in ddp and plan["engines"]["fsdp"]["fits"]
     told = render(plan)
     assert f"does not fit: {ddp['memory']['total'] / 1e9:.0f} of 80 GB" in told
-    mends = re.findall(r"\S+=\S+", next(line for line in told.splitlines() if "ddp would fit with" in line))
-    assert {mend.split("=")[0] for mend in mends} == {"train.micro_batch", "engine.recompute", "engine.name"}
-    for mend in mends:
-        mended = make_plan(paper("mixar_h", *crowded, mend), gpus=8)
-        assert mended["engines"][mended["chosen"]["torchrun"] if "name" in mend else "ddp"]["fits"], mend
+    fixes = re.findall(r"\S+=\S+", next(line for line in told.splitlines() if "ddp would fit with" in line))
+    assert {fix.split("=")[0] for fix in fixes} == {"train.micro_batch", "engine.recompute", "engine.name"}
+    for fix in fixes:
+        fixed = make_plan(paper("mixar_h", *crowded, fix), gpus=8)
+        assert fixed["engines"][fixed["chosen"]["torchrun"] if "name" in fix else "ddp"]["fits"], fix
     assert make_plan(cfg, gpus=8, card="h200")["engines"]["ddp"]["fits"]
 
 

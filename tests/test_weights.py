@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,16 @@ from torch import Tensor, nn
 from mixar.codecs import VAE, Tokenizer
 from mixar.config import TokenizerConfig, VAEConfig
 from mixar.errors import UserError
-from mixar.weights import fingerprint, is_export, load_strict, read_export, read_public, read_state, write_export
+from mixar.weights import (
+    fingerprint,
+    is_export,
+    load_strict,
+    read_export,
+    read_fitting,
+    read_public,
+    read_state,
+    write_export,
+)
 
 MANIFESTS = Path(__file__).parent / "manifests"
 KL16 = VAEConfig(latent_channels=16, decoder_attention=False, image_size=256)
@@ -182,6 +192,16 @@ def test_a_wrong_or_torn_export_is_refused(tmp_path: Path) -> None:
     assert not is_export(folder)
     with pytest.raises(UserError, match="no export"):
         read_export(folder, "prior")
+
+
+def test_weights_of_another_export_are_refused(tmp_path: Path) -> None:
+    for name, value in (("a", 0.0), ("b", 1.0)):
+        write_export(tmp_path / name, "prior", {}, {"w": torch.full((3,), value)})
+    shutil.copy(tmp_path / "b" / "model.safetensors", tmp_path / "a")
+    with pytest.raises(UserError, match=r"other weights than its config\.json was written with .*copy whole folders"):
+        read_export(tmp_path / "a", "prior")
+    with pytest.raises(UserError, match="other weights"):
+        read_fitting(tmp_path / "a", {"w": torch.zeros(3)}, print)
 
 
 def test_the_fingerprint_tells_weights_apart() -> None:

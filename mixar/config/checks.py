@@ -125,7 +125,7 @@ def _check_networks(config: Config) -> None:
         stride = 2 ** (len(codec.multipliers) - 1)
         if codec.image_size % stride:
             raise UserError(
-                f"data.image_size={codec.image_size} is no multiple of {name}'s stride {stride}: "
+                f"data.image_size={codec.image_size} is not a multiple of {name}'s stride {stride}: "
                 f"write data.image_size={max(1, codec.image_size // stride) * stride}"
             )
     if prior.bits % prior.splits:
@@ -141,10 +141,10 @@ def _check_tokens(config: Config) -> None:
     cells = config.vae.grid
     if config.task == "mixar" and cells != model.grid * model.patch:
         patch = _divisor(cells, model.patch)
-        mend = f"model.patch={patch}" if patch != model.patch else f"model.grid={cells // patch}"
+        fix = f"model.patch={patch}" if patch != model.patch else f"model.grid={cells // patch}"
         raise UserError(
             f"the VAE gives {cells}x{cells} latent cells, the model expects model.grid x model.patch "
-            f"= {model.grid * model.patch}: write {mend}"
+            f"= {model.grid * model.patch}: write {fix}"
         )
     needs_codes = config.task == "prior" or (config.task == "mixar" and model.guidance != "none")
     if needs_codes and config.tokenizer.grid != model.grid:

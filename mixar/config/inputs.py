@@ -10,7 +10,7 @@ from mixar.errors import UserError
 def check_inputs(config: Config, resumes: bool) -> None:
     """Refuse a run that would miss one of its files: the frozen networks, `init_from`, `engine.deepspeed`.
 
-    Whether they hold what they should is for those that read them to tell; this takes no time and no memory.
+    Their contents are checked by those that read them; this takes no time and no memory.
 
     Args:
         resumes: it goes on from a checkpoint, and needs no first weights.

@@ -49,7 +49,7 @@ class DataConfig:
     count: int | None = _number(None, 1, _IMAGES)  # of the set, to plan without shards; the manifest's count wins
     held_out: int = _number(0, 0, _IMAGES)  # images kept from training to score on, each class by its share
     flip: bool = True  # each image is seen flipped half of the time
-    workers: int = _number(4, 0, 1024)  # loader processes a rank
+    workers: int = _number(4, 0, 1024)  # loader processes per rank
     max_broken: float = _number(0.01, 0, 0.99)  # share of unreadable images above which `prepare` stops
 
 
@@ -60,7 +60,7 @@ class VAEConfig:
     weights: str | None = None  # an export folder, or a public checkpoint file
     width: int = _number(128, 1, _WIDTH)
     multipliers: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4], metadata=_range(1, 64))
-    blocks: int = _number(2, 1, 64)  # residual blocks a level in the encoder; the decoder has one more
+    blocks: int = _number(2, 1, 64)  # residual blocks per level in the encoder; the decoder has one more
     # feature-map sides with self-attention
     attention: list[int] = field(default_factory=lambda: [16], metadata=_range(1, _SIDE))
     decoder_attention: bool = True  # False: MAR's KL-16 has it in the decoder's middle only
@@ -109,7 +109,7 @@ class PriorConfig:
     dropout: float = _number(0.1, 0, 0.99)
     prenorm: bool = False  # all public models are post-norm
     bits: int = II("tokenizer.bits")
-    splits: int = _number(2, 1, 24)  # sub-tokens a position
+    splits: int = _number(2, 1, 24)  # sub-tokens per position
     grid: int = II("model.grid")
     classes: int = II("data.classes")
     class_drop_prob: float = _number(0.1, 0, 1)
@@ -142,7 +142,7 @@ class ModelConfig:
     head_depth: int = _number(6, 1, _DEPTH)
     head_width: int = _number(1024, 1, _WIDTH)
     separable_adaln: bool = False  # not MAR's: modulate the head by time and by condition apart, for half of its work
-    diffusion_batch_mul: int = _number(4, 1, 1024)  # noise levels a masked token a step
+    diffusion_batch_mul: int = _number(4, 1, 1024)  # noise levels per masked token and step
     attention: str = _word("auto", *ATTENTIONS)  # auto: torch chooses
 
     @property
@@ -162,8 +162,8 @@ class MaskConfig:
 
     minimum: float = _number(0.7, 0, 1)
     std: float = _number(0.25, 1e-6, 1e3)
-    ratio_scope: str = _word("image", "image", "batch")  # image: stratified over groups; batch: one ratio a batch
-    group: int = _number(16, 1, 2**24)  # images a group; divides the micro-batch
+    ratio_scope: str = _word("image", "image", "batch")  # image: stratified over groups; batch: one ratio per batch
+    group: int = _number(16, 1, 2**24)  # images per group; divides the micro-batch
 
 
 @dataclass
@@ -178,14 +178,14 @@ class TIMixConfig:
     duration_epochs: float = _number(200.0, 0, _EPOCHS)  # λ then falls from 1 to `end`
     end: float = _number(0.0, 0, 1)
     schedule: str = _word("linear", "linear", "cosine", "constant")
-    variants: int = _number(4, 1, 1024)  # source=shards: pre-drawn (order, tokens) pairs an image
+    variants: int = _number(4, 1, 1024)  # source=shards: pre-drawn (order, tokens) pairs per image
 
 
 @dataclass
 class OptimConfig:
     """AdamW. MAR's recipe by default."""
 
-    lr: float = _number(1e-4, 0, 1e30)  # a 256 images of global batch
+    lr: float = _number(1e-4, 0, 1e30)  # per 256 images of global batch
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95], metadata=_range(0, 0.999999))
     weight_decay: float = _number(0.02, 0, 1e3)
     warmup_epochs: float = _number(100.0, 0, _EPOCHS)
@@ -202,7 +202,7 @@ class TrainConfig:
 
     epochs: float = _number(400.0, 0, _EPOCHS)
     batch: int = _number(2048, 1, 2**24)  # global, over all ranks and accumulation steps
-    micro_batch: int | None = _number(None, 1, 2**24)  # a rank and pass; None: batch / ranks
+    micro_batch: int | None = _number(None, 1, 2**24)  # per rank and pass; None: batch / ranks
     precision: str = _word("bf16", *PRECISIONS)  # bf16: autocast, with float32 weights, loss, norms and EMA; fp32
     log_every: int = _number(50, 1, 10**9)  # steps
     checkpoint_every: float = _number(1.0, 0, _EPOCHS)  # epochs
@@ -213,7 +213,7 @@ class TrainConfig:
 
 @dataclass
 class EngineConfig:
-    """How the training is laid over processes and devices. Nothing here changes what is computed."""
+    """The layout of the training over processes and devices. Nothing here changes what is computed."""
 
     name: str | None = _word(None, *ENGINES)  # None: by the launcher and the number of nodes
     recompute: str = _word("none", *RECOMPUTE)  # activations to compute again in the backward pass

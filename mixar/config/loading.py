@@ -92,11 +92,11 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): name a yaml file") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path} is no text in UTF-8: name a yaml file, or save it in UTF-8") from None
+        raise UserError(f"{path} is not text in UTF-8: name a yaml file, or save it in UTF-8") from None
     try:
         values = OmegaConf.to_container(OmegaConf.create(text))
     except Exception as error:  # of yaml, of omegaconf, and what their own code runs into
-        raise UserError(f"{file} is no valid yaml: {' '.join(str(error).split())}") from None
+        raise UserError(f"{file} is not valid yaml: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{file} must hold `key: value` lines, not a list")
     typed = typing.cast(dict[str, Any], values)
@@ -108,7 +108,7 @@ def _read_override(text: str) -> dict[str, Any]:
     """A string is taken as typed; numbers, lists and the like are read as yaml."""
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise UserError(f"'{text}' is no override: write key=value, such as train.batch=256")
+        raise UserError(f"'{text}' is not an override: write key=value, such as train.batch=256")
     if not value:
         raise UserError(f"'{text}' gives no value: write {key}=<value>, or leave {key} out")
     kind = _type_at(key)

@@ -28,7 +28,7 @@ def respaced_steps(spec: str, steps: int = STEPS) -> list[int]:
             raise ValueError
     except (ValueError, StopIteration):
         raise UserError(
-            f"sample.diffusion_steps={spec} is no respacing of {steps} steps: "
+            f"sample.diffusion_steps={spec} is not a respacing of {steps} steps: "
             "write a count such as 100, sections such as 10,5, or ddim50"
         ) from None
     kept: list[int] = []
@@ -67,4 +67,4 @@ def even_times(spec: str, steps: int = STEPS) -> list[float]:
 
 
 RESPACINGS: dict[str, Callable[[str, int], list[Any]]] = {"ddpm": respaced_steps, "flow": even_times}
-"""How each head process (`model.process`) reads `sample.diffusion_steps`."""
+"""The reading of `sample.diffusion_steps` by each head process (`model.process`)."""

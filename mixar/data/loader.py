@@ -22,6 +22,7 @@ from mixar.data.images import ImageSource
 from mixar.data.parts import HASH
 from mixar.data.pre_draw import PRE_DRAWN, RECIPE
 from mixar.data.remote import fetch
+from mixar.data.workers import watching
 from mixar.draws import Stream
 from mixar.errors import UserError
 from mixar.signals import held_back
@@ -83,10 +84,11 @@ class Loader:
             batches = iter(self.loader)
         workers = [process for process in active_children() if process not in others]
         try:
-            for batch in batches:
-                if isinstance(batch, UserError):
-                    raise batch
-                yield batch
+            with watching(workers):
+                for batch in batches:
+                    if isinstance(batch, UserError):
+                        raise batch
+                    yield batch
         finally:
             if workers:
                 batches._shutdown_workers()  # type: ignore[attr-defined] # what its end does, were there no error

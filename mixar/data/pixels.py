@@ -16,7 +16,7 @@ SUFFIXES = {
 FORMATS = sorted(set(SUFFIXES.values()))
 DECODING = "turned by EXIF, over white, 16 bits scaled"  # what `read_rgb` does beyond Pillow; shards remember it
 
-ORIENTATION, BITS = 0x0112, 258  # of EXIF and TIFF
+ORIENTATION, BITS, PHOTOMETRIC = 0x0112, 258, 262  # of EXIF and TIFF
 _TURNS = {  # EXIF's orientations
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -55,7 +55,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
         ValueError: grey values of a range that is unknown.
     """
     if image.mode.startswith(("I", "F")):
-        image = Image.fromarray(_eight_bits(image))
+        grey = _eight_bits(image)
+        if "transparency" in image.info:  # one of the grey values
+            grey[np.asarray(image) == image.info["transparency"]] = 255
+        image = Image.fromarray(grey)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -80,7 +83,8 @@ def _eight_bits(image: Image.Image) -> np.ndarray:
     low, high = values.min(), values.max()
     if not 0 <= low <= high <= top:  # NaN fails too
         raise ValueError(f"its values go from {low:g} to {high:g}, where 0 for black to {top} for white are expected")
-    return np.rint(values * (255 / top)).astype(np.uint8)
+    grey = np.rint(values * (255 / top)).astype(np.uint8)
+    return 255 - grey if tags.get(PHOTOMETRIC) == 0 else grey  # 0 is white there, which Pillow sees to in 8 bits only
 
 
 def adm_crop(image: Image.Image, size: int) -> Image.Image:

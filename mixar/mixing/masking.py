@@ -27,7 +27,7 @@ def ratio_quantile(u: Tensor, minimum: float, std: float) -> Tensor:
 
 
 def masked_counts(cfg: MaskConfig, tokens: int, seed: int, indices: Sequence[int], batch: int) -> list[int]:
-    """How many of its N positions each image has masked, ⌈rN⌉.
+    """Masked positions of each image, ⌈rN⌉ of N.
 
     With `ratio_scope: image`, consecutive images form groups of G, and each group takes the G quantile midpoints of the
     ratio's law in an order of its own, so every micro-batch holds the same counts. With `batch`, one ratio is drawn for
@@ -50,7 +50,7 @@ def masked_counts(cfg: MaskConfig, tokens: int, seed: int, indices: Sequence[int
 
 @dataclass(frozen=True)
 class Masking:
-    """Which positions of a batch are masked, and how the visible ones pack into one row of tokens.
+    """The masked positions of a batch, and how the visible ones pack into one row of tokens.
 
     Attributes:
         masked: bool [B, N], True where the model predicts.
@@ -73,7 +73,7 @@ class Masking:
         return tuple(self.masked.shape[1] - v for v in self.visible)
 
     def packed_rows(self, prefix: int) -> Tensor:
-        """Where the encoder's tokens lie in [B, prefix + N], flattened: an image's prefix, then its visible positions.
+        """The encoder's tokens as indices into the flattened [B, prefix + N]: each image's prefix, then what it shows.
 
         Returns:
             int64 [sum of (prefix + V)], in raster order within an image.
@@ -88,7 +88,7 @@ class Masking:
 
     @property
     def masked_rows(self) -> Tensor:
-        """Where the masked positions lie in [B, N], flattened: int64 [R], image by image in raster order."""
+        """Indices of the masked positions in the flattened [B, N]: int64 [R], image by image in raster order."""
         seen_first = self.masked.int().argsort(dim=-1, stable=True)
         return _flat(seen_first)[_spans(self.visible, seen_first.shape[1], 0, True, self.masked.device)]
 
@@ -99,7 +99,7 @@ class Masking:
 
 
 def _flat(index: Tensor) -> Tensor:
-    """Positions within an image [B, P] as places in the flattened batch [B*P]."""
+    """Positions within an image [B, P] as indices into the flattened batch [B*P]."""
     return (index + torch.arange(len(index), device=index.device)[:, None] * index.shape[1]).flatten()
 
 

@@ -10,7 +10,7 @@ from mixar.config import TIMixConfig
 
 
 class Mixture(NamedTuple):
-    """What TI-Mix puts in place of true tokens, and where; mixed as late as in the operator that embeds them.
+    """The tokens that TI-Mix puts in place of true ones, and where; the operator that embeds them mixes them.
 
     Attributes:
         drawn: int64 [B, N], the prior's x̂_d.

@@ -1,4 +1,13 @@
-"""The trained model: MAR's backbone with the discrete guidance, and its head."""
+"""The trained model: MAR's backbone with the discrete guidance, and its head.
+
+Shapes are written with these letters, here and wherever the model is trained or sampled:
+
+    B  images of a batch                    D  width of encoder or decoder; w of the head
+    N  token positions of an image          S  class tokens before them
+    V  visible positions of an image        R  rows: masked positions, over all images of a batch
+    P  positions of a sequence              T  tokens of a packed batch, without padding
+    C  channels of a continuous token       m  sub-tokens of a discrete token
+"""
 
 from mixar.model.diffusion import Diffusion
 from mixar.model.guidance import guidance_of

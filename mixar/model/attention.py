@@ -31,7 +31,7 @@ class Wanted(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """What an attention kernel needs, for `model.attention`.
+    """Requirements of an attention kernel, for `model.attention`.
 
     Attributes:
         backend: of torch's scaled_dot_product_attention; None where torch chooses, or is not asked.
@@ -170,7 +170,7 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor, dropout: float, keys: Tensor) -> 
 # Under stratified ratios these are the same in every step: built once on the host, kept on the device.
 @lru_cache(maxsize=64)
 def _starts(lengths: Lengths, device: torch.device) -> Tensor:
-    """Where each image of a packed row starts, and the row ends: int32 [B + 1]."""
+    """The offset at which each image of a packed row starts, then the row's length: int32 [B + 1]."""
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device)
 
 

@@ -36,7 +36,7 @@ def _(keys: Tensor, site: int, width: int, p: float) -> Tensor:
 
 
 def token_keys(keys: Tensor, tokens: int, layer: int) -> Tensor:
-    """int64 [B, tokens], one key a token in one layer, from one key an image, int64 [B]."""
+    """int64 [B, tokens], one key per token in one layer, from one key per image, int64 [B]."""
     return draws.bits(layer, Stream.DROPOUT, keys, tokens)
 
 

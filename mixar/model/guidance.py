@@ -1,4 +1,6 @@
-"""How discrete tokens enter MixAR: one class a guidance. A new one is a class here and its name in the config.
+"""The guidances, by which discrete tokens enter MixAR, one class each.
+
+A new one is a class here, a line in `CLASSES`, and its name in the config.
 
 A guidance owns no weights. `MixAR` holds its `parts` under their own names, which are those of the public weights, and
 hands itself over where they are needed: engines that shard or compile a model see one flat module, as MAR's is.
@@ -86,7 +88,7 @@ class Guidance:
         return None
 
     def memory(self, model: "MixAR", codes: Tensor | None) -> Tensor | None:
-        """What the cross-attention of encoder and decoder reads, [B, memory_tokens, D]; None where there is none."""
+        """The memory that cross-attention in encoder and decoder reads, [B, memory_tokens, D]; None without one."""
         return None
 
     def decoder_input(

@@ -35,7 +35,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class Embedded(NamedTuple):
-    """What modulates R = mul · R' rows, after its SiLU.
+    """The modulation's input for R = mul · R' rows, after its SiLU.
 
     Attributes:
         rows: [R, w], time and condition added; under a separable modulation [R', w], the condition of each token.
@@ -49,10 +49,10 @@ class Embedded(NamedTuple):
 
 
 class Modulation(nn.ModuleDict):
-    """`parts` vectors a row, of time and condition. The public weights call its linear map `1`.
+    """`parts` vectors per row, of time and condition. The public weights call its linear map `1`.
 
-    Joint, it maps SiLU(time + condition) of each row. Separable, it adds a map of SiLU(time), one a timestep, and one
-    of SiLU(condition), one a token, so that neither is computed again for each row.
+    Joint, it maps SiLU(time + condition) of each row. Separable, it adds a map of SiLU(time), computed per
+    timestep, and one of SiLU(condition), computed per token, so that neither is computed again for each row.
     """
 
     def __init__(self, width: int, parts: int, separable: bool) -> None:
@@ -125,7 +125,7 @@ class Head(nn.Module):
         self.final_layer = FinalLayer(width, (1 + learn_variance) * token_dim, separable)
 
     def embed(self, times: Tensor, conditions: Tensor, places: Tensor) -> Embedded:
-        """What modulates R rows, of embedded times [T, w] and conditions [R / mul, w].
+        """The modulation's input for R rows, from embedded times [T, w] and conditions [R / mul, w].
 
         Args:
             places: int64 [R], which of the times each row has.
@@ -144,7 +144,7 @@ class Head(nn.Module):
         return prediction, v[0] if v else None
 
     def forward(self, x: Tensor, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What the process predicts, ε or a velocity, and the variance fraction v; float32 [R, C] each.
+        """The process's prediction, ε or a velocity, and the variance fraction v; float32 [R, C] each.
 
         Args:
             x: [R, C], mul times the R / mul tokens one after the other.

@@ -109,7 +109,7 @@ class MixAR(nn.Module):
         )
 
     def blocks(self) -> dict[str, list[nn.Module]]:
-        """What engines recompute, compile and shard one by one."""
+        """The blocks that engines recompute, compile and shard one by one."""
         return {"backbone": [*self.encoder_blocks, *self.decoder_blocks], "head": [*self.diffloss.net.res_blocks]}
 
     @property
@@ -135,7 +135,7 @@ class MixAR(nn.Module):
             tokens: [B, N, C]; what stands at masked positions is never used.
             classes: class embeddings [B, D].
             codes: int64 [B, N], negative where dropped; None under `guidance: none`.
-            keys: int64 [B], one an image, which decides what its dropout drops; None drops nothing.
+            keys: int64 [B], one per image, from which its dropout is drawn; None drops nothing.
 
         Returns:
             [T, D], packed as `masking.packed_rows(self.prefix)`.
@@ -212,7 +212,7 @@ class MixAR(nn.Module):
         if not self.training or self.config.dropout == 0:
             keys = None
         else:
-            assert keys is not None, "training with dropout needs a key an image"
+            assert keys is not None, "training with dropout needs one key per image"
         rows = masking.masked_rows
         wanted = Wanted(rows, masking.hidden)
         z = self.condition(tokens, self.class_embedding(labels, drop), masking, codes, wanted, keys, mixture)

@@ -1,4 +1,4 @@
-"""What can be trained: the two codecs, the discrete prior, MixAR."""
+"""The objectives: the two codecs, the discrete prior, MixAR."""
 
 from mixar.objectives.base import Objective
 from mixar.objectives.codecs import TokenizerObjective, VAEObjective

@@ -1,4 +1,4 @@
-"""What the trainer asks of a thing that can be trained, and the sums that its scalars are."""
+"""The interface of an objective to the trainer, and the sums that its scalars are."""
 
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ class Objective(Trainable, Protocol):
     """A network to train, its loss, and what to show and to keep of it."""
 
     def open(self) -> None:
-        """Open all that `preview` and `export` will need, so that what is missing is told now."""
+        """Open all that `preview` and `export` will need, so that what is missing is reported now."""
 
     def preview(self, model: nn.Module) -> Tensor | None:
         """Images to look at, uint8 [k, 3, H, W], always of the same seeds; None where there is nothing to show."""

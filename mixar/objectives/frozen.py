@@ -13,8 +13,8 @@ from mixar.weights import describe_export, find_export, fingerprint
 # what a network's own config must share with the run's: images of another size are no matter to convolutions
 GEOMETRY = {
     "vae": {"latent_channels": "latent channels", "levels": "levels"},
-    "tokenizer": {"bits": "bits a token", "levels": "levels"},
-    "prior": {"bits": "bits a token", "grid": "tokens along a side", "classes": "classes"},
+    "tokenizer": {"bits": "bits per token", "levels": "levels"},
+    "prior": {"bits": "bits per token", "grid": "tokens along a side", "classes": "classes"},
 }
 
 

@@ -38,7 +38,7 @@ def cache() -> Path:
 
 
 def library(device: str) -> Path:
-    """Where the library of a device type lies, or will lie once built.
+    """The path of a device type's library, whether it is built yet or not.
 
     Raises:
         BuildError: without sources or compilers.
@@ -48,11 +48,11 @@ def library(device: str) -> Path:
         raise BuildError("this installation has no csrc/: install mixar anew")
     if missing := [name for name in compilers if shutil.which(name) is None]:
         raise BuildError(f"no {' and no '.join(missing)} on the PATH")
-    told = [torch.__version__, *(text for step in _steps(device, Path("out")) for text in step)]
-    told += [_output([name, "--version"]) for name in compilers]
+    inputs = [torch.__version__, *(text for step in _steps(device, Path("out")) for text in step)]
+    inputs += [_output([name, "--version"]) for name in compilers]
     if device == "cpu":
-        told.append(_processor())  # -march=native is another code on another processor
-    digest = hashlib.sha256("\n".join(told).encode())
+        inputs.append(_processor())  # -march=native gives other code on another processor
+    digest = hashlib.sha256("\n".join(inputs).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.read_bytes())
     return cache() / f"mixar_{device}-{digest.hexdigest()[:16]}.so"
@@ -82,7 +82,7 @@ def build(device: str) -> Path:
 
 
 def status(device: str) -> tuple[bool, str]:
-    """Whether a run on a device type takes the compiled operators, and that in words."""
+    """Whether a run on a device type uses the compiled operators, and the same in words."""
     asked = os.environ.get("MIXAR_OPS", "")
     if asked == "torch":
         return False, f"{device} operators in plain PyTorch, for MIXAR_OPS=torch"
@@ -126,8 +126,8 @@ def _architectures() -> list[str]:
 def _output(command: Sequence[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        told = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-        said = next((line for line in told if "error" in line), told[0] if told else "it said nothing")
+        output = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        said = next((line for line in output if "error" in line), output[0] if output else "it printed nothing")
         raise BuildError(f"{command[0]} failed: {said.strip()}")
     return done.stdout
 

@@ -16,7 +16,7 @@ _taken: dict[str, str] = {}  # device type to what its operators run in
 
 
 def choice() -> str:
-    """What `MIXAR_OPS` asks for: `native`, `torch`, or the empty string.
+    """The value of `MIXAR_OPS`: `native`, `torch`, or the empty string.
 
     Raises:
         RuntimeError: another value.

@@ -1,4 +1,4 @@
-"""What a run will be, computed from its config alone: parameters, length, work, memory, and its speed on GPUs."""
+"""The figures of a run from its config alone: parameters, length, work, memory, and speed on GPUs."""
 
 from mixar.plan.figures import make_plan, parameter_count
 from mixar.plan.text import render

@@ -1,7 +1,7 @@
-"""What autograd keeps of a forward for the backward, from the architecture.
+"""The bytes that autograd keeps of a forward for the backward, from the architecture.
 
-The dtypes are those of autocast on CUDA: matrices in bf16, layer norms in float32, dropout masks one byte a value, and
-attention keeps no probabilities.
+The dtypes are those of autocast on CUDA: matrices in bf16, layer norms in float32, one byte per value for dropout
+masks, and no probabilities of the attention.
 """
 
 from mixar.config import ModelConfig
@@ -10,11 +10,11 @@ from mixar.model.head import TimestepEmbedder
 from mixar.plan.work import Tokens
 
 _F32 = 4
-_STATISTICS = 2 * _F32  # mean and inverse deviation of a layer norm, a token
+_STATISTICS = 2 * _F32  # mean and inverse deviation of a layer norm, per token
 
 
 def activation_bytes(cfg: ModelConfig, tokens: Tokens, precision: str, recompute: str) -> dict[str, float]:
-    """Bytes an image that the backbone and the head keep, without weights and without autocast's copies of them.
+    """Bytes per image that the backbone and the head keep, without weights and without autocast's copies of them.
 
     A recomputed part keeps the inputs of its blocks; `again` is then the largest block, which the backward holds whole.
     """
@@ -55,7 +55,7 @@ def activation_bytes(cfg: ModelConfig, tokens: Tokens, precision: str, recompute
 
 
 def _block(cfg: ModelConfig, width: int, heads: int, tokens: float, wanted: float, e: int) -> float:
-    """Bytes an image of a backbone block on `tokens` tokens, `e` bytes a value of autocast's dtype.
+    """Bytes per image of a backbone block on `tokens` tokens, `e` bytes per value of autocast's dtype.
 
     Args:
         wanted: the tokens that it returns.
@@ -75,6 +75,6 @@ def _block(cfg: ModelConfig, width: int, heads: int, tokens: float, wanted: floa
 
 
 def _memory(cfg: ModelConfig, e: int) -> float:
-    """Bytes an image of the guidance's memory, made once for the encoder and once for the decoder."""
+    """Bytes per image of the guidance's memory, made once for the encoder and once for the decoder."""
     kept = 1 if e == 2 else 2  # the input of its norm; in float32 the output as well, which no block has to cast
     return 2 * guidance_of(cfg).memory_tokens * kept * _F32 * cfg.encoder_width

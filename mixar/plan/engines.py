@@ -1,4 +1,4 @@
-"""What a rank holds, moves and does in a step under each engine. Nothing here has been measured on a GPU."""
+"""Memory, traffic and work of a rank per step under each engine. Nothing here has been measured on a GPU."""
 
 import math
 from dataclasses import dataclass, replace
@@ -55,12 +55,12 @@ class Layout:
 
     @property
     def micro(self) -> int:
-        """Images a rank and pass."""
+        """Images per rank and pass."""
         return self.tokens.images
 
     @property
     def passes(self) -> int:
-        """Micro-batches a step."""
+        """Micro-batches per step."""
         return self.cfg.train.batch // (self.gpus * self.micro)
 
     def engine(self, launcher: str) -> str:
@@ -72,7 +72,7 @@ class Layout:
         return "fsdp" if self.nodes == 1 else "hsdp"
 
     def memory(self, engine: str) -> dict[str, int]:
-        """Bytes a rank by part, at their peaks, and their sum: more than what is ever held at once."""
+        """Bytes per rank by part, at their peaks, and their sum: more than is ever held at once."""
         s, whole = self.sizes, self.sizes.parameters
         part = math.ceil(whole / (self.gpus // self.nodes if engine == "hsdp" else self.gpus))
         gathered = 0  # bytes
@@ -104,7 +104,7 @@ class Layout:
         return memory | {"total": sum(memory.values())}
 
     def moved(self, engine: str) -> dict[str, float]:
-        """Bytes that a rank sends in a step, within its node and out of it.
+        """Bytes that a rank sends per step, within its node and out of it.
 
         Of S bytes a ring of n sends (n-1)/n for an all-gather or a reduce-scatter and twice that for an all-reduce. A
         ring over several nodes leaves each of them once, which its GPUs share.
@@ -113,15 +113,15 @@ class Layout:
         local = self.gpus // self.nodes
         whole = 4.0 * s.parameters
         blocks, root = 4 * s.blocks, 4 * s.root
-        if engine == "hsdp":  # a gather a pass, a reduce-scatter; all-reduce of the parts between the nodes
+        if engine == "hsdp":  # one gather per pass, one reduce-scatter; all-reduce of the parts between the nodes
             within = (local - 1) / local * (k * (blocks + root) + whole)
             return {"within": within, "across": 2 * (self.nodes - 1) / self.nodes * whole / local}
         sent = {
             "ddp": 2 * whole,  # all-reduce
             "fsdp": k * (2 * blocks + root) + whole,  # gathers forward and, of blocks, backward; reduce-scatter
             "zero1": 2 * whole,  # reduce-scatter of the gradients, gather of the stepped weights
-            "zero2": (k + 1) * whole,  # the same, with a reduce-scatter a pass
-            "zero3": 3 * k * whole,  # gathers forward and backward and a reduce-scatter a pass
+            "zero2": (k + 1) * whole,  # the same, with one reduce-scatter per pass
+            "zero3": 3 * k * whole,  # gathers forward and backward and one reduce-scatter per pass
         }[engine] * (self.gpus - 1) / self.gpus  # fmt: skip
         across = sent / local if self.nodes > 1 else 0.0
         return {"within": sent - across, "across": across}
@@ -130,14 +130,14 @@ class Layout:
         """A step: its computation at `UTILISATION`, and the communication that does not hide behind it.
 
         Args:
-            flops: executed for an image.
+            flops: executed per image.
         """
         peak = card.bf16 if self.cfg.train.precision == "bf16" else card.fp32
         work = self.passes * self.micro * flops / (peak * UTILISATION[self.cfg.engine.compile])
         talk = moved["within"] / (card.nvlink * LINK) + moved["across"] / (card.network * LINK)
         return work + talk - min(OVERLAP * talk, work)
 
-    def mends(self, engine: str, card: Card) -> list[str]:
+    def fixes(self, engine: str, card: Card) -> list[str]:
         """Changes of the config that make the engine fit the card, as text to type."""
         group = self.cfg.mask.group if self.cfg.mask.ratio_scope == "image" else 1
         smaller = [m for m in range(self.micro - 1, 0, -1) if self.micro % m == 0 and m % group == 0]
@@ -170,14 +170,14 @@ def engine_plans(layout: Layout, card: Card, flops: float, steps: int | None) ->
     """Memory, bytes moved, speed and length under each engine.
 
     Args:
-        flops: executed for an image.
+        flops: executed per image.
         steps: of the whole run.
     """
     plans: dict[str, dict[str, Any]] = {}
     for engine in ENGINES:
         plan = plans[engine] = {"memory": layout.memory(engine), "moved": layout.moved(engine)}
         if plan["memory"]["total"] > card.memory:
-            plan |= {"fits": False, "mends": layout.mends(engine, card)}
+            plan |= {"fits": False, "fixes": layout.fixes(engine, card)}
             continue
         seconds = layout.seconds(plan["moved"], flops, card)
         plan |= {"fits": True, "step_seconds": seconds, "images_per_second": layout.cfg.train.batch / seconds}

@@ -35,8 +35,8 @@ def make_plan(cfg: Config, images: int | None = None, gpus: int | None = None, c
 
     Returns:
         plain values. `memory` in bytes for one process, without activations; `flops` of a training image; with
-        `gpus` also the layout, `engines`, in bytes a rank, bytes a rank and step, seconds, images/s and days, and the
-        `assumptions` behind them.
+        `gpus` also the layout, `engines`, in bytes per rank, bytes per rank and step, seconds, images/s and days, and
+        the `assumptions` behind them.
 
     Raises:
         UserError: a batch that does not divide over the GPUs; GPUs for a task other than mixar.

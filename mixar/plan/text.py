@@ -40,8 +40,8 @@ def _table(plan: dict[str, Any]) -> list[str]:
         moved = [engine["moved"][where] for where in ("within", "across")]
         rows.append([name, *(f"{size / 1e9:.2f}" for size in parts + moved), _speed(plan, engine)])
     widths = [max(map(len, column)) for column in zip(*rows)]
-    told = "  GB a rank holds, at the peak of each part; GB it sends in a step, inside its node and across nodes"
-    return [told, *("  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)]
+    heading = "  GB per rank at the peak of each part; GB it sends per step, inside its node and across nodes"
+    return [heading, *("  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)]
 
 
 def _speed(plan: dict[str, Any], engine: dict[str, Any]) -> str:
@@ -61,13 +61,13 @@ def _conclusions(plan: dict[str, Any]) -> list[str]:
     fitting = [name for name, engine in engines.items() if engine["fits"]]
     for name, engine in engines.items():
         if not engine["fits"]:
-            mends = engine["mends"] + [f"engine.name={other}" for other in fitting[:1]]
-            lines.append(f"  {name} would fit with {' or '.join(mends) or 'more memory a card only'}")
+            fixes = engine["fixes"] + [f"engine.name={other}" for other in fitting[:1]]
+            lines.append(f"  {name} would fit with {' or '.join(fixes) or 'more memory per card only'}")
     return lines
 
 
 def assumptions(card_name: str, compiled: bool, precision: str) -> list[str]:
-    """What the figures of a plan with GPUs rest on."""
+    """The assumptions of a plan with GPUs."""
     card = CARDS[card_name]
     peak = card.bf16 if precision == "bf16" else card.fp32
     anchor = (

@@ -1,4 +1,4 @@
-"""The work of a training step: tokens an image brings to each part, and the FLOP spent on them."""
+"""The work of a training step: tokens per image in each part, and the FLOP spent on them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ FIRST = ("z_proj.", "diffloss.net.input_proj.", "diffloss.net.time_embed.mlp.0."
 
 @dataclass(frozen=True)
 class Tokens:
-    """What one image brings to each part of MixAR, as means over images.
+    """Tokens per image in each part of MixAR, as means over images.
 
     Attributes:
         images: of a pass, whose rows share one table of embedded times.
@@ -66,10 +66,10 @@ def matrices(module: nn.Module) -> dict[str, int]:
 
 
 def training_flops(model: MixAR, tokens: Tokens, recompute: str = "none") -> dict[str, float]:
-    """FLOP an image of the backbone and of the head, forward and backward; a multiply-add is two.
+    """FLOP per image of the backbone and of the head, forward and backward; a multiply-add is two.
 
     A matrix [in, out] on T tokens costs 2·T·in·out, and as much again for each of its two gradients; attention of
-    width D costs 4·D a query-key pair, and twice that backward. Norms, activation functions and the loss are left out.
+    width D costs 4·D per query-key pair, and twice that backward. Norms, activations and the loss are left out.
     """
     flops = {"backbone": 0.0, "head": 0.0}
     for name, size in matrices(model).items():
@@ -86,7 +86,7 @@ def training_flops(model: MixAR, tokens: Tokens, recompute: str = "none") -> dic
 
 
 def _tokens_at(name: str, model: MixAR, tokens: Tokens) -> float:
-    """How many tokens of an image the matrix `name` multiplies."""
+    """Tokens per image that the matrix `name` multiplies."""
     cfg = model.config
     if name.startswith("diffloss.net.time_embed.") or name.endswith(".adaLN_modulation.time.weight"):
         return tokens.times
@@ -106,7 +106,7 @@ def _tokens_at(name: str, model: MixAR, tokens: Tokens) -> float:
 
 
 def prior_flops(prior: Prior) -> float:
-    """FLOP an image of the prior's forward."""
+    """FLOP per image of the prior's forward."""
     cfg, n = prior.config, prior.config.grid**2
     linear = sum(2 * (n + name.startswith("transformer.")) * size for name, size in matrices(prior).items())
     return linear + 4 * cfg.depth * cfg.width * (n + 1) ** 2

@@ -45,7 +45,7 @@ class Prior(nn.Module):
         self.apply(_init_weights)
 
     def blocks(self) -> dict[str, list[nn.Module]]:
-        """What engines recompute, compile and shard one by one."""
+        """The blocks that engines recompute, compile and shard one by one."""
         return {"backbone": [*self.transformer.get_submodule("layers").children()]}
 
     @property

@@ -18,7 +18,7 @@ Draws = Callable[[int], Tensor]  # step -> [B, N, m]
 
 @dataclass
 class Step:
-    """What one decoding step did; all [B, N, m], the probabilities [B, N, m, K]."""
+    """The record of one decoding step; all [B, N, m], the probabilities [B, N, m, K]."""
 
     masked_before: Tensor  # the network's input
     probs: Tensor  # after guidance and temperature
@@ -28,7 +28,7 @@ class Step:
 
 
 def mask_counts(total: int, steps: int, schedule: str) -> list[int]:
-    """How many of the `total` sub-tokens are masked after each step.
+    """The number of the `total` sub-tokens that are masked after each step.
 
     The `arccos` or `cosine` schedule of the progress, times `total`, rounded down; at least 1, and at least one less
     than before. Where only one was left, MaskBit's clamp wraps around and masks everything again. That is kept, to

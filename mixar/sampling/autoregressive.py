@@ -36,7 +36,9 @@ class Reveal:
 
 
 def reveal_schedule(tokens: int, settings: SampleConfig) -> list[Reveal]:
-    """What each of the K steps reveals: MAR's cosine schedule. With more steps than positions, some reveal nothing.
+    """The positions that each of the K steps reveals: MAR's cosine schedule.
+
+    With more steps than positions, some reveal nothing.
 
     In checkerboard order the first half is revealed by that schedule, the second in the last two steps (in one where
     there are fewer than four). DiSA (Zhao et al. 2025) lets the diffusion steps fall linearly.
@@ -93,7 +95,7 @@ def sampling_order(kind: str, seeds: Tensor, tokens: int) -> Tensor:
 
 
 def _level(row: int, column: int) -> int:
-    """How many times the checkerboard can be made coarser with this place still on it."""
+    """The number of times the checkerboard can be made coarser with this position still on it."""
     if row == column == 0:
         return 32
     if (row ^ column) & 1:
@@ -102,7 +104,7 @@ def _level(row: int, column: int) -> int:
 
 
 class Noise(Protocol):
-    """Where the loop takes its normal draws from. Rows are places in the flattened [B*N] positions."""
+    """The source of the loop's normal draws. Rows are indices into the flattened [B*N] positions."""
 
     def initial(self, step: int, rows: Tensor) -> Tensor:
         """[R, C], the noise that the diffusion of autoregressive step `step` starts from."""
@@ -122,7 +124,7 @@ class KeyedNoise:
 
     def __init__(self, seeds: Tensor, tokens: int, channels: int) -> None:
         self.channels = channels
-        self._keys = draws.bits(0, Stream.SAMPLE_INIT, seeds, tokens).flatten()  # one a position, so rows draw alone
+        self._keys = draws.bits(0, Stream.SAMPLE_INIT, seeds, tokens).flatten()  # one per position: rows draw alone
 
     def initial(self, step: int, rows: Tensor) -> Tensor:
         return draws.normal(0, Stream.SAMPLE_INIT, self._keys[rows], self.channels)
@@ -158,7 +160,7 @@ Predict = Callable[[Head, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, 
 def compiled_predict(device: torch.device) -> Predict:
     """`predict` by torch.compile: on a GPU a CUDA graph for each number of rows, elsewhere one graph for all."""
     if device.type == "cuda":
-        torch._dynamo.config.recompile_limit = 128  # at most one a step of the reveal schedule
+        torch._dynamo.config.recompile_limit = 128  # at most one per step of the reveal schedule
         return torch.compile(predict, fullgraph=True, dynamic=False, mode="reduce-overhead")
     return torch.compile(predict, fullgraph=True, dynamic=True)
 
@@ -203,10 +205,10 @@ def _process(kind: str, spec: str, start: int, device: torch.device) -> Process:
 
 @dataclass
 class Step:
-    """What one autoregressive step did: its plan, the rows it filled, their conditions, and the tokens after it."""
+    """The record of one autoregressive step: plan, filled rows, their conditions, and the tokens after it."""
 
     plan: Reveal
-    rows: Tensor  # int64 [R], places in the flattened [B*N] positions
+    rows: Tensor  # int64 [R], indices into the flattened [B*N] positions
     z: Tensor  # [R, D], under guidance [2R, D]: with class, then without
     tokens: Tensor  # [B, N, C]
 

@@ -167,7 +167,7 @@ class MixARPipeline:
 
         Args:
             labels: [B] class indices.
-            seeds: [B], one an image: image i depends on `seeds[i]` alone, not on the batch.
+            seeds: [B], one per image: image i depends on `seeds[i]` alone, not on the batch.
             codes: discrete tokens [B, N] to go by; by default the prior draws them.
             progress: the caption of a progress bar; None shows none.
 
@@ -184,7 +184,7 @@ class MixARPipeline:
         self, labels: Tensor | Sequence[int], seeds: Tensor | Sequence[int], codes: Tensor | None = None,
         progress: str | None = None,
     ) -> Iterator[Tensor]:  # fmt: skip
-        """What a call returns, `settings.batch` images at a time and in constant memory."""
+        """The images of a call, `settings.batch` at a time and in constant memory."""
         labels, seeds = self.checked(labels, seeds)
         for rows in self._batches(len(labels), progress):
             some_labels, some_seeds = labels[rows].to(self.device), seeds[rows].to(self.device)
@@ -227,7 +227,7 @@ class MixARPipeline:
         classes = self.model.config.classes
         if labels.ndim != 1 or labels.shape != seeds.shape:
             shapes = f"{list(labels.shape)} labels and {list(seeds.shape)} seeds"
-            raise UserError(f"{shapes} were given: give one list of both, with one seed a label")
+            raise UserError(f"{shapes} were given: give one list of both, with one seed per label")
         if len(labels) == 0 or labels.min() < 0 or labels.max() >= classes:
             raise UserError(f"labels must lie in 0..{classes - 1}, given: {sorted(set(labels.tolist()))[:10]}")
         if self.prior is not None:
@@ -270,11 +270,11 @@ def _check_geometry(model: MixAR, vae: VAE, prior: Prior | None, tokenizer: Toke
     cfg = model.config
     pairs = [("VAE", "latent channels", vae.config.latent_channels, cfg.latent_channels)]
     if prior is not None:
-        pairs += [("prior", "bits a token", prior.config.bits, cfg.code_bits)]
+        pairs += [("prior", "bits per token", prior.config.bits, cfg.code_bits)]
         pairs += [("prior", "tokens along a side", prior.config.grid, cfg.grid)]
         pairs += [("prior", "classes", prior.config.classes, cfg.classes)]
     if tokenizer is not None:
-        pairs += [("tokenizer", "bits a token", tokenizer.config.bits, cfg.code_bits)]
+        pairs += [("tokenizer", "bits per token", tokenizer.config.bits, cfg.code_bits)]
     for network, what, found, wanted in pairs:
         if found != wanted:
             raise UserError(f"the {network} has {found} {what}, the model {wanted}: name the one it was trained with")

@@ -1,5 +1,7 @@
 import multiprocessing
+import os
 import shutil
+import signal
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from mixar.data.images import ImageSet, ImageSource
 from mixar.data.loader import Loader, ShardSource, epoch_order
 from mixar.data.pre_draw import predraw
 from mixar.draws import Stream
-from mixar.errors import UserError
+from mixar.errors import PassingError, UserError
 from mixar.prior import Prior
 
 
@@ -115,6 +117,17 @@ def test_a_damaged_shard_is_named_with_what_mends_it(shards, workers, damage):
     with pytest.raises(UserError) as error:
         take(ShardSource(shards), 5, workers=workers)
     assert str(error.value) == f"shard {path} is missing or damaged: rm -r {path.parent}, then `mixar prepare`"
+
+
+def test_a_loader_process_that_is_killed_ends_with_a_sentence(shards):
+    batches = iter(Loader(ShardSource(shards), 0, 8, 8, 0, 1, 1, True))
+    others = set(multiprocessing.active_children())
+    next(batches)
+    (worker,) = set(multiprocessing.active_children()) - others
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(PassingError, match=r"a loader process was killed.*data\.workers"):
+        for _ in range(100):
+            next(batches)
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])

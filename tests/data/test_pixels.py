@@ -21,11 +21,11 @@ def saved(path: Path, image: Image.Image, **options) -> np.ndarray:
     return np.asarray(read_rgb(path))
 
 
-def tiff(bits: int, size: tuple[int, int], data: bytes, kind_of_offset: int = 4) -> bytes:
+def tiff(bits: int, size: tuple[int, int], data: bytes, offset_kind: int = 4, photometric: int = 1) -> bytes:
     """A grey TIFF as its format's specification has it."""
     at = 8 + 2 + 12 * 8 + 4
-    tags = [(256, 4, size[0]), (257, 4, size[1]), (258, 3, bits), (259, 3, 1), (262, 3, 1), (273, kind_of_offset, at),
-            (278, 4, size[1]), (279, 4, len(data))]  # fmt: skip
+    tags = [(256, 4, size[0]), (257, 4, size[1]), (258, 3, bits), (259, 3, 1), (262, 3, photometric),
+            (273, offset_kind, at), (278, 4, size[1]), (279, 4, len(data))]  # fmt: skip
     fields = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + fields + bytes(4) + data
 
@@ -41,6 +41,19 @@ def test_12_bits_of_a_tiff_become_8(tmp_path):
     grey = [0, 4095, 2048, 16]
     (tmp_path / "a.tif").write_bytes(tiff(12, (4, 1), int("".join(f"{v:012b}" for v in grey), 2).to_bytes(6, "big")))
     assert np.asarray(read_rgb(tmp_path / "a.tif"))[0, :, 0].tolist() == [0, 255, 128, 1]
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_tiff_whose_zero_is_white(tmp_path, bits):
+    top = 2**bits - 1
+    data = np.array([0, top, top // 5], f"<u{bits // 8}").tobytes()
+    (tmp_path / "a.tif").write_bytes(tiff(bits, (3, 1), data, photometric=0))
+    assert np.asarray(read_rgb(tmp_path / "a.tif"))[0, :, 0].tolist() == [255, 0, 204]
+
+
+def test_a_transparent_grey_of_16_bits_is_white(tmp_path):
+    read = saved(tmp_path / "a.png", Image.fromarray(np.uint16([[0, 30000, 65535]])), transparency=0)
+    assert read[0, :, 0].tolist() == [255, 117, 255]
 
 
 def test_floats_from_0_to_1_are_black_to_white(tmp_path):
@@ -95,7 +108,7 @@ def test_what_is_transparent_lies_on_white(tmp_path):
 
 def test_forged_files_are_broken_images(tmp_path):
     forged = {
-        "type.tif": tiff(8, (4, 2), bytes(range(1, 9)), kind_of_offset=10),  # a TypeError in Pillow
+        "type.tif": tiff(8, (4, 2), bytes(range(1, 9)), offset_kind=10),  # a TypeError in Pillow
         "huge.ppm": b"P6 60000 60000 255\n" + bytes(100),
         "script.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n",  # Pillow would run ghostscript
         "empty.gif": b"",

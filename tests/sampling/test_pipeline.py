@@ -98,7 +98,7 @@ def test_bf16_stays_near(make_pipeline):
         ([3], [0], {}, r"0\.\.2, given: \[3\]"),
         ([-1], [0], {}, r"0\.\.2"),
         ([], [], {}, r"0\.\.2"),
-        ([1, 2], [0], {}, "one seed a label"),
+        ([1, 2], [0], {}, "one seed per label"),
         ([1], [0], {"prior_steps": 129}, "128 or fewer"),
     ],
 )

@@ -62,6 +62,52 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused(home, run) -> None:
     assert [path.name for path in complete_checkpoints(run)] == ["000000000080"]
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("progress.json", text) for text in ("null", "[]", '{"format": 2}', '{"format": 2, "step": "8", "images": 160}')]
+    + [("DONE", text) for text in ("null", "{}", "[]")],
+)
+def test_a_checkpoint_of_odd_notes_is_passed_over(home, run, name, content) -> None:
+    (run / "checkpoints" / "000000000160" / name).write_text(content)
+    train(config(home, run, "train.epochs=1.25"))
+    log = (run / "log.txt").read_text()
+    assert "passing over" in log and "000000000080: step 5, 80 images" in log
+
+
+def test_a_checkpoint_whose_progress_was_changed_is_passed_over(home, run) -> None:
+    file = run / "checkpoints" / "000000000160" / "progress.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"step": 2, "images": 32}))
+    train(config(home, run, "train.epochs=1.25"))
+    assert "progress.json changed since it was written" in (run / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("line", [b"\xff\xfe", b"3", b"null", b"[]", b'{"step": "x"}', b'{"step": null}', b'{"ste'])
+def test_an_odd_line_of_the_metrics_stops_no_resume(home, run, line) -> None:
+    known = records(run)
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(line + b"\n")
+    train(config(home, run, "train.epochs=2.75"))
+    assert records(run)[: len(known)] == known and records(run)[-1]["step"] == 11
+
+
+def test_a_folder_of_an_export_that_was_killed_stops_no_start(home, run) -> None:
+    (run / ".release.0123.part").mkdir()
+    (run / ".config.yaml.0123.part").touch()
+    train(config(home, run))
+    assert [path.name for path in run.glob(".*.part")] == [".release.0123.part"], "it may still be written"
+
+
+@pytest.mark.parametrize("damaged", ["emptied", "changed"])
+def test_a_damaged_export_is_written_anew(home, run, damaged) -> None:
+    file = run / "exports" / "160-ema" / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(b"" if damaged == "emptied" else whole[:-8] + bytes(b ^ 0x80 for b in whole[-8:]))
+    with pytest.raises(UserError, match=r"export|broken"):
+        exported(run)
+    train(config(home, run))
+    assert file.read_bytes() == whole
+
+
 def test_what_was_just_written_is_kept_before_what_is_ahead(home, run) -> None:
     damage(run / "checkpoints" / "000000000160")
     train(config(home, run, "train.epochs=2", "train.checkpoint_every=0.25", "train.keep=1"))
@@ -154,7 +200,7 @@ def test_codecs_that_did_not_make_the_shards_are_refused(home, tmp_path) -> None
 
 def test_a_prior_of_other_tokens_is_refused(home, tmp_path) -> None:
     prior = other(home, tmp_path, "prior", bits=4)
-    with pytest.raises(UserError, match="has 4 bits a token, the config 6"):
+    with pytest.raises(UserError, match="has 4 bits per token, the config 6"):
         train(config(home, tmp_path / "run", f"prior.weights={prior}"))
     section = load_config(home / "config.yaml").prior
     write_export(tmp_path / "stranger", "prior", to_dict(section), Prior(section).state_dict(), tokenizer="0" * 16)

@@ -346,7 +346,7 @@ def test_grid_refusals(mixar, refused, run_dir, folder, classifier, tmp_path, ma
     assert "--grid guidance= is not a number" in refused(*run, "--grid", "guidance=1,,2")
     assert "--grid solver=dmp is not known: write one of ddpm, dpm" in refused(*run, "--grid", "solver=dmp")
     assert "--grid preset=slow is not known: write one of exact" in refused(*run, "--grid", "preset=slow")
-    assert "--grid diffusion_steps=many is no respacing" in refused(*run, "--grid", "diffusion_steps=many")
+    assert "--grid diffusion_steps=many is not a respacing" in refused(*run, "--grid", "diffusion_steps=many")
     assert "the axis steps twice" in refused(*run, "--grid", "steps=2", "steps=3")
     assert "drop --steps" in refused(*run, "--steps", 8, "--grid", "steps=4,8")
     assert "name the axes" in refused(*run, "--preset", "fast", "--grid")

@@ -201,7 +201,7 @@ def test_as_a_program(run_dir):
         (["--temperature=-1"], "--temperature -1.0 is out of range"),
         (["--batch", "0"], "--batch 0 is out of range"),
         (["--prior-guidance", "nan"], "--prior-guidance nan is out of range"),
-        (["--diffusion-steps", "many"], "--diffusion-steps many is no respacing"),
+        (["--diffusion-steps", "many"], "--diffusion-steps many is not a respacing"),
         (["--diffusion-steps", "1001"], "--diffusion-steps 1001"),
         (["--prior-steps", "200"], "128 or fewer"),
         (["--out", "/proc/none"], "cannot write"),
