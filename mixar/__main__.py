@@ -9,7 +9,7 @@ import sys
 from mixar import __version__
 from mixar.command_line import VERBS, verb_parser
 from mixar.errors import UserError, report
-from mixar.verbs.process import interruptible
+from mixar.process import interruptible
 
 EXTRAS = {"deepspeed": "train", "streaming": "train", "tensorboard": "train", "mlxtend": "demo"}  # of pyproject.toml
 

@@ -12,9 +12,9 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, i
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 from tqdm import tqdm
 
+from mixar.data.npz import Npz, printable
 from mixar.errors import UserError
 from mixar.evaluation.extractors import INCEPTION, INCEPTION_FEATURES, Extractor
-from mixar.evaluation.npz import Npz, printable
 from mixar.files import replacing
 
 

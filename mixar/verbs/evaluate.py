@@ -6,11 +6,11 @@ from pathlib import Path
 
 from mixar.command_line import sampling_flags
 from mixar.errors import UserError
+from mixar.evaluation.grid import Drawings, grid_drawings, parse_grid, run_grid
 from mixar.evaluation.receipt import FID_IMAGES
-from mixar.verbs.drawing import Drawing, place
-from mixar.verbs.grid import Drawings, grid_drawings, parse_grid, run_grid
-from mixar.verbs.process import check_writable
-from mixar.verbs.scoring import Scorer, open_reference, open_samples
+from mixar.evaluation.scoring import Scorer, open_reference, open_samples
+from mixar.process import check_writable
+from mixar.sampling.sample_set import Drawing, place
 
 
 def run(args: argparse.Namespace) -> None:

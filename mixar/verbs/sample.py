@@ -9,8 +9,8 @@ from torchvision.utils import save_image
 
 from mixar.errors import UserError
 from mixar.files import replacing
-from mixar.verbs.drawing import RECORD, Drawing
-from mixar.verbs.process import check_writable
+from mixar.process import check_writable
+from mixar.sampling.sample_set import RECORD, Drawing
 
 GRID = 64  # images on a grid at most
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from mixar.data.image_batches import read_images
 from mixar.evaluation.classifier import save_classifier, train_classifier
 from mixar.evaluation.extractors import make_extractor
-from mixar.evaluation.images import read_images
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from PIL import Image
 from mixar.config import DataConfig
 from mixar.data.images import adm_crop, open_images
 from mixar.evaluation.classifier import save_classifier, train_classifier
-from mixar.verbs.grid import parse_grid
+from mixar.evaluation.grid import parse_grid
 
 
 @pytest.fixture(scope="session")

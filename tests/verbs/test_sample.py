@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from mixar.sampling import MixARPipeline
-from mixar.verbs.drawing import parse_labels
+from mixar.sampling.sample_set import parse_labels
 from mixar.weights import read_export, write_export
 
 

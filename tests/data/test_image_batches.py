@@ -3,8 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
+from mixar.data.image_batches import read_images, write_npz
 from mixar.errors import UserError
-from mixar.evaluation.images import read_images, write_npz
 
 
 def _write(folder, name, size=(8, 8), value=0):

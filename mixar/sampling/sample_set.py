@@ -21,12 +21,12 @@ from torch import Tensor
 
 from mixar.command_line import FLAGS, flag
 from mixar.config import PRESETS, SampleConfig, load_config, to_dict
+from mixar.data.image_batches import write_npz
 from mixar.errors import UserError
-from mixar.evaluation.images import write_npz
 from mixar.files import replacing, sync, write_json
 from mixar.model import Diffusion
+from mixar.process import check_writable
 from mixar.sampling import MixARPipeline, find_export
-from mixar.verbs.process import check_writable
 from mixar.weights import fingerprint, is_export
 
 RECORD = "sampling.json"

@@ -20,11 +20,11 @@ from mixar.command_line import AXES, GRID, flag
 from mixar.config import PRESETS, SampleConfig, to_dict
 from mixar.environment import environment
 from mixar.errors import UserError, did_you_mean
+from mixar.evaluation.scoring import Scorer
 from mixar.files import replacing, write_json, write_text
-from mixar.verbs.drawing import Drawing, differences, naming, parse_setting, place
-from mixar.verbs.plot import Mark, draw_plot
-from mixar.verbs.process import check_writable
-from mixar.verbs.scoring import Scorer
+from mixar.plots import Mark, draw_plot
+from mixar.process import check_writable
+from mixar.sampling.sample_set import Drawing, differences, naming, parse_setting, place
 
 Settings = dict[str, Any]
 Row = dict[str, Any]

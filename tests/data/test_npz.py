@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mixar.data.image_batches import read_images
 from mixar.errors import UserError
-from mixar.evaluation.images import read_images
 from mixar.evaluation.scores import Statistics
 
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from mixar import dist
+from mixar.data.image_batches import Images, read_images
+from mixar.data.npz import Npz, printable
 from mixar.errors import UserError
 from mixar.evaluation import Features, Statistics, accumulate, evaluate
 from mixar.evaluation.extractors import Extractor, make_extractor
-from mixar.evaluation.images import Images, read_images
-from mixar.evaluation.npz import Npz, printable
 from mixar.evaluation.receipt import Provenance, write_receipt
-from mixar.verbs.drawing import read_record, sample_names
-from mixar.verbs.process import check_writable
+from mixar.process import check_writable
+from mixar.sampling.sample_set import read_record, sample_names
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mixar.config import DataConfig
 from mixar.data.images import adm_crop, open_images
+from mixar.data.npz import Npz, printable
 from mixar.errors import UserError
-from mixar.evaluation.npz import Npz, printable
 from mixar.files import replacing
 
 
