@@ -4,58 +4,11 @@ import argparse
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mixar.cards import CARDS
-from mixar.config import ORDERS, PRECISIONS, PRESETS
 from mixar.resources import config_names
-
-GRID = ["steps=4,8,16", "diffusion_steps=4,8,25", "prior_steps=4,8,16"]  # what --grid tries by default
-
-
-def _interval(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
-
-
-FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "seed": (int, "of the first image: image i has seed + i, and depends on that alone"),
-    "steps": (int, "autoregressive steps"),
-    "order": (str, f"of the positions: {' or '.join(ORDERS)}"),
-    "solver": (str, "of the denoising: ddpm, or dpm, which takes fewer steps"),
-    "diffusion_steps": (str, "denoising steps of a token: 100, ddim50, or 10,5"),
-    "diffusion_steps_end": (int, "DiSA: what the denoising steps fall to over the autoregressive steps"),
-    "diffusion_start": (int, "training step that denoising starts from, 999 or below"),
-    "guidance": (float, "classifier-free guidance; 1 is none"),
-    "guidance_interval": (_interval, "share of the autoregressive steps that are guided, such as 0.25,1"),
-    "temperature": (float, "of the denoising noise"),
-    "prior_steps": (int, "steps of the discrete prior"),
-    "prior_guidance": (float, "guidance of the discrete prior; 0 is none"),
-    "batch": (int, "images at a time; it changes the speed only"),
-}
-# what a grid can vary; the seed and the batch change no quality, and an interval has a comma of its own
-AXES = ("preset", *(name for name in FLAGS if name not in ("seed", "batch", "guidance_interval")))
-
-
-def _add_sampling(parser: argparse.ArgumentParser, count: str) -> None:
-    """Add the flags that `Drawing.of` reads; `count` says how many are drawn without --count."""
-    parser.add_argument("--labels", help="classes to draw in turn, such as 3,7,7 or 0-9 (default: all)")
-    parser.add_argument("--count", type=int, help=f"images (default: {count})")
-    for name, (kind, about) in FLAGS.items():
-        parser.add_argument(flag(name), type=kind, help=f"{about} (default: the export's)")
-    parser.add_argument("--preset", choices=PRESETS, help="settings to start from, which the flags above change")
-    parser.add_argument("--precision", choices=PRECISIONS, help="default: the faster one of the device")
-    parser.add_argument("--compile", action="store_true", help="for many images on a GPU: the head in a CUDA graph")
-
-
-def sampling_flags(args: argparse.Namespace) -> list[str]:
-    """Those of the sampling flags that are given."""
-    names = ("labels", "count", "preset", "precision", "compile", *FLAGS)
-    return [flag(name) for name in names if getattr(args, name) not in (None, False)]
-
-
-def flag(name: str) -> str:
-    """How the command line says a setting: `--name`."""
-    return "--" + name.replace("_", "-")
+from mixar.sampling_flags import AXES, GRID, add_flags
 
 
 def _configs(parser: argparse.ArgumentParser) -> None:
@@ -120,7 +73,7 @@ def _sample(parser: argparse.ArgumentParser) -> None:
     others do not change it. The same command goes on where it stopped.
     """
     parser.add_argument("path", metavar="PATH", help="run directory (its newest export) or export folder")
-    _add_sampling(parser, "one of each class in turn")
+    add_flags(parser, "one of each class in turn")
     parser.add_argument("--out", metavar="DIR", help="default: PATH/samples/<seed>-<count>, beside PATH for an export")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--grid", action="store_true", help="also show the first 64 in one picture, <out>-grid.png")
@@ -151,7 +104,7 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
     axes = f"{', '.join(AXES)} (default: {' '.join(GRID)}, and the presets)"
     parser.add_argument("--grid", nargs="*", metavar="NAME=V,V", help=f"draw and score each point of a grid: {axes}")
     parser.add_argument("--repeats", type=int, metavar="N", help="score each point of the grid on N ranges of seeds")
-    _add_sampling(parser, "50000")
+    add_flags(parser, "50000")
 
 
 def _export(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,8 @@
 import difflib
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 
 class UserError(Exception):
@@ -17,6 +18,27 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return printable(super().__str__())
+
+
+class SettingError(UserError):
+    """A mistake in settings, which a config, a flag and an axis of a grid each spell in their own way.
+
+    Args:
+        text: the message, with a `{}` for each setting.
+        settings: key and value of each, such as ("sample.steps", 4). The message spells them as a config does.
+    """
+
+    def __init__(self, text: str, *settings: tuple[str, Any]) -> None:
+        self.text, self.settings = text, settings
+        super().__init__(self.spelled(_as_in_a_config))
+
+    def spelled(self, spell: Callable[[str, Any], str]) -> str:
+        """The message with each setting as `spell(key, value)`."""
+        return self.text.format(*(spell(key, value) for key, value in self.settings))
+
+
+def _as_in_a_config(key: str, value: Any) -> str:
+    return f"{key}=[{','.join(map(str, value))}]" if isinstance(value, list) else f"{key}={value}"
 
 
 class PassingError(UserError):

@@ -208,7 +208,7 @@ def test_an_extreme_value_is_refused_by_its_name_or_can_be_planned_with(file: Pa
         (["sample.guidance_interval=[nan,1]"], "write a value from 0 to 1"),
         (["sample.guidance_interval=[0.5]"], "as in sample.guidance_interval=[0.25,1]"),
         (["sample.diffusion_steps=abc"], "write a count such as 100, sections such as 10,5, or ddim50"),
-        (["sample.diffusion_steps=ddim0"], "no respacing of 1000 steps"),
+        (["sample.diffusion_steps=ddim0"], "not a respacing of 1000 steps"),
         (["sample.diffusion_steps=1001"], "write 1000 or fewer"),
         (["sample.diffusion_start=49"], "write 50 or fewer, or sample.diffusion_start=999"),
         (["run_dir="], "'run_dir=' gives no value"),

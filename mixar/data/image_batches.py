@@ -1,8 +1,7 @@
-"""Collections of images, read as uint8 batches: a folder, a built-in set, or the npz of ADM's evaluation."""
+"""Image sets read as uint8 batches: a folder, a built-in set, or an npz in the form of ADM's evaluation."""
 
 import sys
-import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,23 +13,22 @@ from torch import Tensor
 
 from mixar.config import DataConfig
 from mixar.data.images import adm_crop, open_images
-from mixar.data.npz import Npz, printable
+from mixar.data.npz import Npz
 from mixar.errors import UserError
-from mixar.files import replacing
 
 
 @dataclass(frozen=True)
-class Images:
-    """Images of one size. Iterating, as often as one likes, gives uint8 [B, 3, H, W]; the length is in batches.
+class ImageBatches:
+    """Images of one size. Every iteration gives all of them as uint8 [B, 3, H, W]; the length is in batches.
 
-    Raises, on iterating:
-        UserError: an unreadable image, or one of another size than the first.
+    Raises, while iterating:
+        UserError: an image that cannot be read, or whose size is not that of the first one.
     """
 
     count: int
     labels: Tensor | None  # int64 [count]
-    names: list[str] | None  # in a folder, the path of each image there
-    read: Callable[[], Iterator[tuple[str, np.ndarray]]]  # each image's name and uint8 [H, W, 3]
+    names: list[str] | None  # of images in a folder: the path of each below it
+    read: Callable[[], Iterator[tuple[str, np.ndarray]]]  # gives the name and uint8 [H, W, 3] of each image
     batch: int
 
     def __len__(self) -> int:
@@ -43,23 +41,23 @@ class Images:
                 shape = shape or image.shape
                 if image.shape != shape:
                     raise UserError(
-                        f"{printable(name)} is {image.shape[1]}x{image.shape[0]}, the first image "
-                        f"{shape[1]}x{shape[0]}: scores need one size, give the one to crop all of them to"
+                        f"{name} is {image.shape[1]}x{image.shape[0]}, the first image is {shape[1]}x{shape[0]}: "
+                        "scores need images of one size, name the size to crop all of them to"
                     )
             yield rearrange(torch.from_numpy(np.stack([image for _, image in chunk])), "b h w c -> b c h w")
 
 
-def read_images(source: str | Path, size: int | None = None, batch: int = 64) -> Images:
+def read_images(source: str | Path, size: int | None = None, batch: int = 64) -> ImageBatches:
     """The images in an npz of ADM's form, in a folder, or in a built-in set.
 
-    A folder's are sorted by path, sub-folders included; where these are classes, their labels come along.
+    Images of a folder and its sub-folders are sorted by path; several classes give labels.
 
     Args:
         size: crop to this side as ADM does; None takes the images as they are. An npz is never cropped.
-        batch: images a batch.
+        batch: images per batch.
 
     Raises:
-        UserError: no such collection, or nothing in it.
+        UserError: no such set, or an empty one.
     """
     if Path(source).suffix == ".npz":
         return _open_npz(Path(source), batch)
@@ -71,14 +69,14 @@ def read_images(source: str | Path, size: int | None = None, batch: int = 64) ->
             yield key, np.asarray(image if size is None else adm_crop(image, size))
 
     labels = torch.tensor(found.labels) if len(found.classes) > 1 else None
-    return Images(len(found), labels, found.keys, read, batch)
+    return ImageBatches(len(found), labels, found.keys, read, batch)
 
 
-def _open_npz(path: Path, batch: int) -> Images:
+def _open_npz(path: Path, batch: int) -> ImageBatches:
     npz = Npz(path, "images")
     if "arr_0" not in npz.names:
         raise UserError(
-            f"{path} holds {printable(', '.join(npz.names))}: images are expected in `arr_0`, uint8 [n, H, W, 3]"
+            f"{path} holds {', '.join(npz.names)}: images are expected in `arr_0`, uint8 [n, H, W, 3]"
         )
     shape, dtype = npz.header("arr_0")
     if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
@@ -87,7 +85,7 @@ def _open_npz(path: Path, batch: int) -> Images:
     def read() -> Iterator[tuple[str, np.ndarray]]:
         return ((f"{path}[{index}]", image) for index, image in enumerate(npz.rows("arr_0")))
 
-    return Images(shape[0], _labels(npz, shape[0]), None, read, batch)
+    return ImageBatches(shape[0], _labels(npz, shape[0]), None, read, batch)
 
 
 def _labels(npz: Npz, count: int) -> Tensor | None:
@@ -98,28 +96,3 @@ def _labels(npz: Npz, count: int) -> Tensor | None:
     if labels.min() < 0:
         raise UserError(f"`arr_1` of {npz.path} is {dtype} {list(shape)}: {count} labels are expected, from 0 on")
     return torch.from_numpy(labels.astype(np.int64))
-
-
-def write_npz(path: str | Path, batches: Iterable[Tensor], count: int, labels: Tensor | None = None) -> None:
-    """Write `count` images, from batches uint8 [B, 3, H, W], in the form of ADM's evaluation, a batch at a time.
-
-    The npz holds `arr_0` uint8 [n, H, W, 3] and, with `labels` int [n], `arr_1`; no time, so the same images give the
-    same bytes.
-
-    Raises:
-        UserError: nothing can be written there.
-    """
-    written = 0
-    with replacing(path) as part, zipfile.ZipFile(part, "w") as archive:
-        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
-            for images in batches:
-                rows = rearrange(images, "b c h w -> b h w c").cpu().contiguous().numpy()
-                if written == 0:
-                    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *rows.shape[1:])}
-                    np.lib.format.write_array_header_1_0(member, header)
-                member.write(rows.tobytes())
-                written += len(rows)
-        if labels is not None:
-            with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
-                np.lib.format.write_array(member, labels.cpu().long().numpy())
-        assert written == count, f"{written} images came, {count} were announced"

@@ -1,13 +1,9 @@
-"""What `sample` and `evaluate` share: samples that flags ask for, and a folder that says how they were drawn."""
+"""A set of samples on disk: PNGs or an npz, in a folder whose record says how they were sampled."""
 
-import argparse
 import hashlib
-import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, cycle, islice
 from pathlib import Path
@@ -19,33 +15,29 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from mixar.command_line import FLAGS, flag
-from mixar.config import PRESETS, SampleConfig, load_config, to_dict
-from mixar.data.image_batches import write_npz
+from mixar.config import PRESETS, SampleConfig, to_dict
+from mixar.data.npz import write_npz
 from mixar.errors import UserError
-from mixar.files import replacing, sync, write_json
-from mixar.model import Diffusion
-from mixar.process import check_writable
-from mixar.sampling import MixARPipeline, find_export
-from mixar.weights import fingerprint, is_export
+from mixar.files import check_writable, replacing, sync, write_json
+from mixar.sampling.pipeline import MixARPipeline
+from mixar.sampling.record import NPZ, RECORD, differences, read_record, sample_names, without_batch
+from mixar.weights import find_export, fingerprint, is_export
 
-RECORD = "sampling.json"
-NPZ = "samples.npz"
-PARTS = ".samples"  # folder of what is drawn already of an npz, a batch a file
-LONGEST = 245  # bytes of a name: file systems take 255, and endings are put to it
+PARTS = ".samples"  # folder of the batches of an npz that is not complete yet
+LONGEST = 245  # bytes of a name: file systems allow 255, and endings are added to it
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """Samples to draw: `count` images of the classes `turn` in turn, seeds one after the other.
+class SampleSet:
+    """Samples to be written: `count` images of the classes `turn` in turn, with consecutive seeds.
 
     Attributes:
-        path: of the run directory or the export.
-        pipeline: with the settings to draw by.
+        path: the run directory or the export.
+        pipeline: with the settings to sample with.
         released: the export's own settings.
         weights: the fingerprint of each network.
-        classes: `turn` as --labels gave it.
-        asked: what the settings to draw by change of the export's: fields of `SampleConfig`, and `preset`.
+        classes: the text that `turn` was given as, such as 0-9.
+        asked: the changes to `released`: fields of `SampleConfig`, and `preset`.
     """
 
     path: Path
@@ -58,30 +50,33 @@ class Drawing:
     asked: dict[str, Any]
 
     @classmethod
-    def of(cls, args: argparse.Namespace, count: int | None = None) -> "Drawing":
-        """What the flags ask for; by default `count` images, or one of each class in turn where that is None.
+    def open(
+        cls, path: str | Path, settings: dict[str, Any], labels: str | None = None, count: int | None = None,
+        precision: str | None = None, compile: bool = False,
+    ) -> "SampleSet":  # fmt: skip
+        """Samples of the model at `path`. Precision and compile are those of `MixARPipeline`.
+
+        Args:
+            path: a run directory, whose newest export is taken, or an export.
+            settings: fields of `SampleConfig`, and `preset`, that differ from the export's.
+            labels: the classes to take in turn, such as `3,7,7` or `0-9`; by default all.
+            count: the number of images; by default one of each class in turn.
 
         Raises:
-            UserError: no export at `args.path`, or a flag that cannot be followed.
+            UserError: no export at `path`, labels that name no classes, or settings that do not go together.
         """
-        if args.count is not None and args.count < 1:
-            raise UserError(f"--count {args.count} draws nothing: write --count 1 or more")
-        asked = {name: getattr(args, name) for name in ("preset", *FLAGS) if getattr(args, name) is not None}
-        turn = None if args.labels is None else parse_labels(args.labels)
-        with naming(lambda name: f"{flag(name)} "):
-            check_settings(asked)
-            pipeline = MixARPipeline.from_pretrained(args.path, precision=args.precision, compile=args.compile)
-            weights = {name: fingerprint(network.state_dict()) for name, network in pipeline.networks.items()}
-            turn = turn or list(range(pipeline.model.config.classes))
-            count = args.count or count or len(turn)
-            released = cls(Path(args.path), pipeline, pipeline.settings, weights, turn, args.labels, count, {})
-            return released.with_settings(**asked)
+        turn = None if labels is None else parse_labels(labels)
+        pipeline = MixARPipeline.from_pretrained(path, precision=precision, compile=compile)
+        weights = {name: fingerprint(network.state_dict()) for name, network in pipeline.networks.items()}
+        turn = turn or list(range(pipeline.model.config.classes))
+        released = cls(Path(path), pipeline, pipeline.settings, weights, turn, labels, count or len(turn), {})
+        return released.with_settings(**settings)
 
-    def with_settings(self, **changes: Any) -> "Drawing":
+    def with_settings(self, **changes: Any) -> "SampleSet":
         """As many images of the same classes under other settings: fields of `SampleConfig`, and `preset`.
 
         Raises:
-            UserError: settings that do not go together.
+            SettingError: settings that do not go together.
         """
         asked = self.asked | changes
         fields = {name: value for name, value in asked.items() if name != "preset"}
@@ -90,12 +85,12 @@ class Drawing:
 
     @property
     def name(self) -> str:
-        """Of the folder; drawings that differ in what was asked for have different names."""
+        """The folder's name: sets that differ in `count`, `classes` or `asked` have different ones."""
         parts = [f"{self.pipeline.settings.seed}-{self.count}"]
         parts += [f"labels-{self.classes}"] if self.classes else []
         parts += [self.asked["preset"]] if "preset" in self.asked else []
-        said = [name for name in FLAGS if name in self.asked and name not in ("seed", "batch")]
-        name = "-".join([*parts, *(f"{name}-{self.asked[name]}".replace(" ", "") for name in said)])
+        named = [name for name in without_batch(vars(self.released)) if name in self.asked and name != "seed"]
+        name = "-".join([*parts, *(f"{name}-{self.asked[name]}".replace(" ", "") for name in named)])
         whole = name.encode()
         if len(whole) > LONGEST:
             name = f"{whole[: LONGEST - 17].decode(errors='ignore')}-{hashlib.sha256(whole).hexdigest()[:16]}"
@@ -103,23 +98,23 @@ class Drawing:
 
     @property
     def folder(self) -> Path:
-        """Where the samples lie by default."""
-        return place(self.path, "samples") / self.name
+        """The default folder of the samples."""
+        return output_folder(self.path, "samples") / self.name
 
     @property
     def labels(self) -> list[int]:
-        """One an image."""
+        """The class of each image."""
         return list(islice(cycle(self.turn), self.count))
 
     @property
     def seeds(self) -> list[int]:
-        """One an image."""
+        """The seed of each image."""
         first = self.pipeline.settings.seed
         return list(range(first, first + self.count))
 
     @property
     def record(self) -> dict[str, Any]:
-        """How the samples are drawn, as their folder says it. The export is told for who reads it: weights decide."""
+        """The record of these samples. It names the export for its reader; the fingerprints of the weights decide."""
         norm = self.pipeline.norm
         return {
             "export": str(find_export(self.path)),
@@ -128,27 +123,27 @@ class Drawing:
             "dtype": self.pipeline.precision,
             "labels": self.turn,
             "count": self.count,
-            "sampling": _without_batch(to_dict(self.pipeline.settings)),
+            "sampling": without_batch(to_dict(self.pipeline.settings)),
         }
 
     def check(self) -> None:
-        """Find before anything is drawn what `write(folder)` would refuse.
+        """Find out, before anything is sampled, whether `write(self.folder)` would be refused.
 
         Raises:
-            UserError: settings or labels that this model cannot follow, or a folder of samples drawn otherwise or that
-                cannot be written.
+            UserError: settings or labels that this model cannot follow; a folder that cannot be written, or that holds
+                samples of other settings.
         """
         check_writable(self.folder / RECORD)
         self._refuse(self.folder)
 
     def write(self, folder: Path, watch: Callable[[Iterator[Tensor]], Iterator[Tensor]] = iter) -> list[Path]:
-        """Draw those of the PNGs `<seed>-<label>.png` that `folder` does not hold yet; returns all, in order of seed.
+        """Sample the PNGs `<seed>-<label>.png` that are missing in `folder`; returns all, in the order of their seeds.
 
         Args:
-            watch: passes the drawn batches [B, 3, H, W] on, to see how long each takes.
+            watch: passes the batches [B, 3, H, W] on as they are sampled, to measure how long each takes.
 
         Raises:
-            UserError: nothing can be written there, or the folder holds samples that were drawn otherwise.
+            UserError: a folder that cannot be written, or that holds samples of other settings.
         """
         self._claim(folder)
         files = [folder / name for name in sample_names(self.record)]
@@ -162,38 +157,37 @@ class Drawing:
         return files
 
     def write_npz(self, folder: Path) -> Path:
-        """Draw all into an npz of ADM's form, which appears whole. Otherwise as `write`.
+        """Sample all images into an npz in ADM's form, which appears whole or not at all. Otherwise as `write`.
 
-        Until then each batch is kept in a file, so that the same command goes on after a kill; with batches of the same
-        size, to the very bytes of an undisturbed npz.
+        Until then each batch is kept in a file of its own, so that the same command resumes after a kill. With batches
+        of the same size, the npz is byte for byte that of an undisturbed run.
         """
         self._claim(folder)
         file, parts = folder / NPZ, folder / PARTS
         if not file.exists():
-            drawn = self._draw_parts(parts)
-            images = (torch.from_numpy(np.load(part)) for part in drawn)
+            images = (torch.from_numpy(np.load(part)) for part in self._write_parts(parts))
             write_npz(parts / NPZ, images, self.count, torch.tensor(self.labels))
-            (parts / NPZ).rename(file)  # written in there, what a kill leaves of it goes with the parts
+            (parts / NPZ).rename(file)  # written in there, so that what a kill leaves behind is removed with the parts
             sync(folder)
         shutil.rmtree(parts, ignore_errors=True)
         return file
 
-    def _draw_parts(self, parts: Path) -> list[Path]:
-        """Draw what is missing of the files `<first>.npy` of consecutive images [B, 3, H, W]; all of them, in order."""
-        drawn, at = [], 0
+    def _write_parts(self, parts: Path) -> list[Path]:
+        """Sample what is missing of the files `<first>.npy`, consecutive images [B, 3, H, W]; all files, in order."""
+        files, at = [], 0
         while (part := parts / f"{at}.npy").exists():
-            drawn.append(part)
+            files.append(part)
             at += len(np.load(part, mmap_mode="r"))
         if at < self.count:
             for images in self.pipeline.stream(self.labels[at:], self.seeds[at:], progress="samples"):
-                drawn.append(parts / f"{at}.npy")
-                with replacing(drawn[-1]) as aside, aside.open("wb") as file:
+                files.append(parts / f"{at}.npy")
+                with replacing(files[-1]) as aside, aside.open("wb") as file:
                     np.save(file, images.numpy())
                 at += len(images)
-        return drawn
+        return files
 
     def _claim(self, folder: Path) -> None:
-        """Write down how the samples in `folder` are drawn, unless it holds others."""
+        """Write the record into `folder`, unless it holds other samples."""
         self._refuse(folder)
         write_json(folder / RECORD, self.record)
 
@@ -202,61 +196,24 @@ class Drawing:
         if not (any(folder.glob("*.png")) or (folder / NPZ).exists() or (folder / PARTS).exists()):
             return
         before = read_record(folder)
-        elsewhere = "remove it, or draw into another folder with `mixar sample --out`"
+        elsewhere = "remove it, or write to another folder with `mixar sample --out`"
         if before is None:
-            raise UserError(f"{folder} holds images of which nothing says how they were drawn: {elsewhere}")
+            raise UserError(f"{folder} holds images without a record of how they were sampled: {elsewhere}")
         if other := differences(before, self.record):
             raise UserError(f"{folder} holds samples of other {', '.join(other)}: {elsewhere}")
 
 
-def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What two records tell differently of how samples are drawn. The older one may lack what is newer than it."""
-    return [key for key in now if key != "export" and key in before and before[key] != now[key]]
-
-
-def read_record(samples: Path) -> dict[str, Any] | None:
-    """How the samples in a folder, or in the npz of one, were drawn; None where nothing says so.
-
-    Raises:
-        UserError: a record that `mixar sample` did not write.
-    """
-    folder = samples if samples.is_dir() else samples.parent
-    file = folder / RECORD
-    if not file.is_file() or (samples.is_file() and samples.name != NPZ):
-        return None
-    try:
-        record = json.loads(file.read_text())
-        told = record["export"], record["weights"], record["dtype"], record["labels"], record["count"]
-        sampling = _without_batch(to_dict(SampleConfig()) | record["sampling"])  # newer settings were at their defaults
-        kinds = [type(value) for value in (*told, sampling["seed"])]
-        if kinds != [str, dict, str, list, int, int] or {type(label) for label in told[3]} != {int}:
-            raise ValueError
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is not what `mixar sample` writes: remove it to take the images as they are") from None
-    return record | {"sampling": sampling}
-
-
-def sample_names(record: dict[str, Any]) -> dict[str, int]:
-    """The name of each PNG that a record tells of, and its label."""
-    first, labels = record["sampling"]["seed"], islice(cycle(record["labels"]), record["count"])
-    return {f"{first + i}-{label}.png": label for i, label in enumerate(labels)}
-
-
-def _without_batch(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name != "batch"}  # it changes the speed only
-
-
-def place(path: Path, kind: str) -> Path:
-    """Where what is made from `path` lies: inside a run directory, but beside an export."""
+def output_folder(path: Path, kind: str) -> Path:
+    """The folder of what is made from the model at `path`: inside a run directory, but beside an export."""
     whole = Path(os.path.abspath(path))  # '.' has no name
     return whole.with_name(f"{whole.name}-{kind}") if is_export(path) else path / kind
 
 
 def parse_labels(text: str) -> list[int]:
-    """`3,7,7` and `0-9` as class indices.
+    """The class indices in a text such as `3,7,7` or `0-9`.
 
     Raises:
-        UserError: neither.
+        UserError: a text that is neither.
     """
     try:
         ends = [part.partition("-") for part in text.split(",")]
@@ -266,45 +223,3 @@ def parse_labels(text: str) -> list[int]:
     if not labels:
         raise UserError(f"--labels {text} names no classes: write such as --labels 3,7,7 or --labels 0-9")
     return labels
-
-
-def parse_setting(name: str, text: str) -> Any:
-    """The value of a sampling flag or of `preset`, as the command line reads it.
-
-    Raises:
-        UserError: no such value, or one out of range; told of `sample.<name>=`, see `naming`.
-    """
-    if name == "preset":
-        if text not in PRESETS:
-            raise UserError(f"sample.preset={text} is not known: write one of {', '.join(PRESETS)}")
-        return text
-    kind, _ = FLAGS[name]
-    try:
-        value = kind(text)
-    except ValueError:
-        number = "a whole number" if kind is int else "a number"
-        raise UserError(f"sample.{name}={text} is not {number}: write such as sample.{name}=4") from None
-    check_settings({name: value})
-    return value
-
-
-def check_settings(asked: dict[str, Any]) -> None:
-    """Each setting by itself, whatever the model and the preset.
-
-    Raises:
-        UserError: a value out of the range that a config's `sample.<name>` has.
-    """
-    for name, value in asked.items():
-        if name != "preset":
-            load_config(None, ["task=vae", f"sample.{name}={value}"])  # of a vae: the model's limits are not known here
-        if name == "diffusion_steps":
-            Diffusion(value)
-
-
-@contextmanager
-def naming(how: Callable[[str], str]) -> Iterator[None]:
-    """Mistakes in settings of sampling told as mistakes in what the user typed: `how(name)` for `sample.<name>=`."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(re.sub(r"sample\.(\w+)=", lambda key: how(key[1]), str(error))) from None

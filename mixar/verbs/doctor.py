@@ -30,7 +30,7 @@ from mixar.files import try_writing
 from mixar.ops.build import DEVICES, status
 from mixar.prior import load_prior
 
-EXTRAS = ("train", "demo")  # those of pyproject.toml that users install
+EXTRAS = ("train", "plot", "demo")  # those of pyproject.toml that users install
 
 
 class Finding(NamedTuple):

@@ -3,7 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mixar.data.image_batches import read_images, write_npz
+from mixar.data.image_batches import read_images
+from mixar.data.npz import write_npz
 from mixar.errors import UserError
 
 

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from mixar.data.image_batches import read_images
-from mixar.evaluation.classifier import save_classifier, train_classifier
+from mixar.demo.classifier import train_classifier
+from mixar.evaluation.classifier import save_classifier
 from mixar.evaluation.extractors import make_extractor
 
 

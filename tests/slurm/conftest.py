@@ -18,7 +18,8 @@ from PIL import Image
 
 from mixar.codecs import VAE, Tokenizer
 from mixar.config import load_config, to_dict
-from mixar.evaluation.classifier import save_classifier, train_classifier
+from mixar.demo.classifier import train_classifier
+from mixar.evaluation.classifier import save_classifier
 from mixar.weights import write_export
 
 ROOT = Path(__file__).resolve().parents[2]

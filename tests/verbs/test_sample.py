@@ -147,12 +147,12 @@ def test_images_of_others_are_left_alone(mixar, refused, run_dir, tmp_path):
         folder = tmp_path / name.split(".")[0]
         folder.mkdir()
         Image.new("RGB", (16, 16)).save(folder / name)
-        assert "nothing says how they were drawn" in refused("sample", run_dir, "--count", 1, "--out", folder)
+        assert "without a record of how they were sampled" in refused("sample", run_dir, "--count", 1, "--out", folder)
         assert os.listdir(folder) == [name]
     assert mixar("sample", run_dir, "--count", 2)[0] == 0
     folder = run_dir / "samples" / "0-2"
     (folder / "0-0.png").write_bytes(b"no picture")
-    assert "is not as it was drawn" in refused("sample", run_dir, "--count", 2, "--grid")
+    assert "has changed since it was written" in refused("sample", run_dir, "--count", 2, "--grid")
     for record in ("{", "[]", "{}", '{"sampling": {"seed": "x"}}'):
         (folder / "sampling.json").write_text(record)
         assert "sampling.json is not what" in refused("sample", run_dir, "--count", 2)
@@ -201,7 +201,7 @@ def test_as_a_program(run_dir):
         (["--temperature=-1"], "--temperature -1.0 is out of range"),
         (["--batch", "0"], "--batch 0 is out of range"),
         (["--prior-guidance", "nan"], "--prior-guidance nan is out of range"),
-        (["--diffusion-steps", "many"], "--diffusion-steps many is no respacing"),
+        (["--diffusion-steps", "many"], "--diffusion-steps many is not a respacing"),
         (["--diffusion-steps", "1001"], "--diffusion-steps 1001"),
         (["--prior-steps", "200"], "128 or fewer"),
         (["--out", "/proc/none"], "cannot write"),
