@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mixar.files import replacing
 
@@ -43,11 +44,10 @@ def draw_plot(path: Path, marks: list[Mark], x_title: str, y_title: str, label_t
     figure = Figure((9, 6), dpi=200, layout="constrained")
     axes = figure.subplots()
     axes.set(xscale="log", yscale="log", xlabel=x_title, ylabel=y_title)
-    axes.margins(0.07)
     axes.grid(color="#E4E4E4")
     axes.set_axisbelow(True)
-    _set_ticks(axes.xaxis, [mark.x for mark in marks])
-    _set_ticks(axes.yaxis, [y for mark in marks for y in (mark.low, mark.high)])
+    axes.set_xlim(_set_ticks(axes.xaxis, [mark.x for mark in marks]))
+    axes.set_ylim(_set_ticks(axes.yaxis, [y for mark in marks for y in (mark.low, mark.high)]))
 
     marks = sorted(marks, key=lambda mark: mark.x)
     front = [mark for mark in marks if mark.front]
@@ -64,16 +64,22 @@ def draw_plot(path: Path, marks: list[Mark], x_title: str, y_title: str, label_t
             axes.annotate(str(number), (mark.x, mark.y), color="white", size=8, ha="center", va="center_baseline",
                           zorder=5)  # fmt: skip
             listed.append(Line2D([], [], color=colour, marker=shape, linestyle="", label=f"{number}   {mark.label}"))
-    figure.legend(handles=listed, loc="outside right upper", title=label_title, frameon=False, fontsize=9)
+    listed += [Line2D([], [], color=FRONT, label="Pareto front")]
+    listed += [Line2D([], [], color=OTHER, marker=".", linestyle="", label="other settings")]
+    figure.legend(
+        handles=listed, loc="outside right upper", title=label_title, alignment="left", frameon=False, fontsize=9
+    )
     with replacing(path) as part:
         figure.savefig(part, format="png")
 
 
-def _set_ticks(axis, values: list[float]) -> None:
-    """Round numbers as ticks of a log axis: evenly apart where it spans less than a decade."""
+def _set_ticks(axis: Any, values: list[float]) -> tuple[float, float]:
+    """Give a log axis round numbers as ticks, evenly apart where it is short; returns its ends around the values."""
     from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
 
-    narrow = max(values) < 10 * min(values)
-    axis.set_major_locator(MaxNLocator(6) if narrow else LogLocator(subs=(1, 2, 5)))
+    margin = max(1.05, (max(values) / min(values)) ** 0.07)
+    low, high = min(values) / margin, max(values) * margin
+    axis.set_major_locator(MaxNLocator(6) if high < 6 * low else LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FormatStrFormatter("%g"))
     axis.set_minor_locator(NullLocator())
+    return low, high
