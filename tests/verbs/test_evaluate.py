@@ -45,12 +45,6 @@ def folder(digits, tmp_path_factory):
     return root
 
 
-@pytest.fixture
-def run_dir(tmp_path, release):
-    shutil.copytree(release, tmp_path / "run" / "exports" / "7-ema")
-    return tmp_path / "run"
-
-
 def test_draws_and_scores(mixar, run_dir, folder, classifier):
     flags = ("--count", 8, "--seed", 3, "--steps", 2, "--precision", "fp32")
     status, said, _ = mixar("evaluate", run_dir, *flags, "--reference", folder, "--extractor", classifier)

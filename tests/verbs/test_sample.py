@@ -17,13 +17,6 @@ from mixar.sampling.sample_set import parse_labels
 from mixar.weights import read_export, write_export
 
 
-@pytest.fixture
-def run_dir(tmp_path, release):
-    """A run directory with an export."""
-    shutil.copytree(release, tmp_path / "run" / "exports" / "7-ema")
-    return tmp_path / "run"
-
-
 def pixels(folder):
     return {file.name: np.asarray(Image.open(file)).copy() for file in folder.glob("*.png")}
 
