@@ -126,9 +126,9 @@ def test_control_characters_are_told_as_escapes(tmp_path):
         ("/etc/passwd,cat", "leads out of the folder"),
         ("a.png,cat\nb.png, ", "has no label"),
         ("a.png,0\nb.png,999999999999", "too large a number"),
-        ("a.png,0\nb.png,-1", "whole number from 0 on"),
-        ("a.png,1.0\nb.png,2.0", "whole number from 0 on"),
-        ("a.png,chat\nb.png,caf\xe9", "no csv in UTF-8"),
+        ("a.png,0\nb.png,-1", "whole number of at least 0"),
+        ("a.png,1.0\nb.png,2.0", "whole number of at least 0"),
+        ("a.png,chat\nb.png,caf\xe9", "not a csv in UTF-8"),
     ],
 )
 def test_tables_that_are_wrong(tmp_path, text, message):

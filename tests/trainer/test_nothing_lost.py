@@ -200,7 +200,7 @@ def test_a_remote_that_was_made_anew_is_seen_through_its_cache(home, tmp_path) -
     told = [f"data.shards=file://{remote}", f"data.cache={tmp_path / 'cache'}"]
     train(config(home, tmp_path / "run", "train.epochs=0.25", *told))
     (remote / "index.json").write_text((remote / "index.json").read_text() + " ")
-    with pytest.raises(UserError, match=rf"made anew since it was cached: rm -r {tmp_path / 'cache'}"):
+    with pytest.raises(UserError, match=rf"made again since it was cached: rm -r {tmp_path / 'cache'}"):
         train(config(home, tmp_path / "run", "train.epochs=0.5", *told))
     shutil.rmtree(remote)  # cannot be asked: the cache holds all
     train(config(home, tmp_path / "run", "train.epochs=0.5", *told))

@@ -49,9 +49,9 @@ def test_a_list_tells_what_would_be_made(mixar, home, tmp_path) -> None:
         "the config is for 10 classes: write data.classes=2",
         "sizes: 8x8 to 70x50, 1 to be enlarged to data.image_size=16",
         "modes: 2 RGB, 1 I;16, 1 LA",
-        "turned by their EXIF: 1; laid over white, since transparent: 1",
+        "turned by their EXIF: 1; transparent, laid over white: 1",
         "left out: 1 .heic (2/e.heic)",
-        "that is more than data.max_broken=0.01 of the set allows: prepare would stop",
+        "that is more than data.max_broken=0.01 of the set: prepare would stop",
     ):
         assert line in out.splitlines(), out
     assert "1 cannot be read and would be skipped: 2/f.png (" in out
