@@ -1,4 +1,4 @@
-"""The command line: what each verb is told, in a file that imports nothing heavy, so that help comes at once."""
+"""The arguments of each verb, in a file that imports nothing heavy, so that --help answers at once."""
 
 import argparse
 import inspect
@@ -12,7 +12,7 @@ from mixar.sampling_flags import AXES, GRID, add_flags
 
 
 def _configs(parser: argparse.ArgumentParser) -> None:
-    """The configs that travel with mixar. Each is one complete run, and its name does where a file would.
+    """The configs that ship with mixar. Each is one complete run, and can be named in place of a file.
 
         mixar configs                          their names, and what they are
         mixar configs mixar_l                  the file itself
@@ -31,7 +31,7 @@ def _prepare(parser: argparse.ArgumentParser) -> None:
         mixar prepare CONFIG data.images=DIR data.shards=OUT vae.weights=PATH tokenizer.weights=PATH
 
     Several ranks share the work: the elements of a Slurm array, the tasks of an srun step, --rank and --world, or just
-    the same command several times. Each returns when the set is complete. An interrupted run goes on where it stopped.
+    the same command several times. Each returns when the set is complete. An interrupted run resumes where it stopped.
     """
     parser.add_argument("config", help="yaml file, such as configs/mixar_l.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.images=/data/imagenet/train")
@@ -69,8 +69,8 @@ def _sample(parser: argparse.ArgumentParser) -> None:
         mixar sample runs/mixar_l --labels 207,360 --count 16 --grid
         mixar sample runs/mixar_l --count 50000 --npz
 
-    PNGs are named <seed>-<label>.png. Image i is drawn from seed + i alone: the batch, the count and the order of the
-    others do not change it. The same command goes on where it stopped.
+    PNGs are named <seed>-<label>.png. Image i depends on seed + i alone, not on the batch, the count or the order of
+    the others. The same command resumes where it stopped.
     """
     parser.add_argument("path", metavar="PATH", help="run directory (its newest export) or export folder")
     add_flags(parser, "one of each class in turn")
@@ -83,17 +83,17 @@ def _sample(parser: argparse.ArgumentParser) -> None:
 def _evaluate(parser: argparse.ArgumentParser) -> None:
     """Score images against a reference: Frechet distance, Inception Score, precision and recall, with a JSON receipt.
 
-        mixar evaluate runs/mixar_l --reference imagenet.npz                       draws 50,000 images and scores them
+        mixar evaluate runs/mixar_l --reference imagenet.npz                       samples 50,000 images, scores them
         mixar evaluate --samples DIR --reference DIR --crop 256                    scores what is there
         mixar evaluate --reference DIR --crop 256 --save-statistics imagenet.npz   keeps a reference for later
         mixar evaluate runs/mixar_l --reference imagenet.npz --grid steps=8,64 guidance=2,3 --repeats 3
                                                                                    speed against quality, at each point
 
-    A distance is called FID only where it is one: published Inception weights and 50,000 samples. Samples are kept, so
-    the same command goes on where it stopped. A grid draws the same seeds and labels at each point, in the folders of
+    A distance is called FID only with the published Inception weights and 50,000 samples. Samples are kept, so that
+    the same command resumes where it stopped. A grid uses the same seeds and labels at each point, in the folders of
     `mixar sample`, and writes PATH/eval/<name>-grid.json with a table (.md) and a plot (.png).
     """
-    parser.add_argument("path", nargs="?", metavar="PATH", help="run directory or export folder to draw samples from")
+    parser.add_argument("path", nargs="?", metavar="PATH", help="run directory or export folder to sample from")
     parser.add_argument("--samples", metavar="PATH", help="folder of images, or npz, to score instead")
     parser.add_argument("--reference", required=True, help="images: folder, npz or built-in set; or npz of statistics")
     parser.add_argument("--crop", type=int, metavar="SIZE", help="crop a folder of reference images, as ADM does")
@@ -102,7 +102,7 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save-statistics", metavar="FILE", help="keep the reference's statistics as an npz")
     parser.add_argument("--out", metavar="FILE", help="the receipt or grid; default: PATH/eval/<seed>-<count>.json")
     axes = f"{', '.join(AXES)} (default: {' '.join(GRID)}, and the presets)"
-    parser.add_argument("--grid", nargs="*", metavar="NAME=V,V", help=f"draw and score each point of a grid: {axes}")
+    parser.add_argument("--grid", nargs="*", metavar="NAME=V,V", help=f"sample and score each point of a grid: {axes}")
     parser.add_argument("--repeats", type=int, metavar="N", help="score each point of the grid on N ranges of seeds")
     add_flags(parser, "50000")
 
@@ -131,7 +131,7 @@ def _demo(parser: argparse.ArgumentParser) -> None:
         mixar demo --images DIR      your images, classes from the sub-folders
         mixar demo --compare         none, DC-Mix, DC-SA and DC-CA side by side, as in the paper's tables
 
-    Interrupted, the same command goes on where it stopped.
+    After an interruption, the same command resumes where it stopped.
     """
     parser.add_argument("--images", default="digits", help="a folder of images, or a built-in set (default: digits)")
     parser.add_argument("--out", type=Path, help="default: runs/demo, or runs/demo-short")
@@ -147,7 +147,7 @@ def _plan(parser: argparse.ArgumentParser) -> None:
         mixar plan CONFIG [key=value ...] --gpus 32 --gpu h100
         mixar plan CONFIG --print run_dir
 
-    With --gpus also memory a rank by part, bytes moved, images/s and days under each engine, and what that assumes.
+    With --gpus also memory per rank by part, bytes moved, images/s and days under each engine, and the assumptions.
     """
     parser.add_argument("config", help="yaml file, such as configs/mixar_l.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -158,19 +158,19 @@ def _plan(parser: argparse.ArgumentParser) -> None:
 
 
 def _doctor(parser: argparse.ArgumentParser) -> None:
-    """Is this machine ready: versions, devices, memory, compilers; with a config also its folders, shards and weights.
+    """Check this machine: versions, devices, memory, compilers; with a config also its folders, shards and weights.
 
         mixar doctor [CONFIG] [key=value ...]
         srun --ntasks-per-node=8 mixar doctor CONFIG    every rank checks its place; so under torchrun -m mixar doctor
 
-    Of several ranks the first one's findings are shown, then where other nodes differ, and a timed all-reduce. A line
-    is `ok`, a `note` (it works, within the limit told), or `bad` (it will fail).
+    With several ranks, the first one's findings are shown, then those in which other nodes differ, and a timed
+    all-reduce. A line is `ok`, a `note` (it works, with a limitation), or `bad` (it will fail).
     """
     parser.add_argument("given", nargs="*", metavar="CONFIG key=value", help="a run to check for, both parts optional")
 
 
 class Verb(NamedTuple):
-    """What `mixar <verb>` reads, where its `run(args)` is, and what it does in a few words."""
+    """A verb's arguments, the module with its `run(args)`, and a short description."""
 
     arguments: Callable[[argparse.ArgumentParser], None]
     module: str
@@ -178,7 +178,7 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "configs": Verb(_configs, "mixar.verbs.configs", "the configs that travel with mixar: list, show, copy"),
+    "configs": Verb(_configs, "mixar.verbs.configs", "the configs that ship with mixar: list, show, copy"),
     "prepare": Verb(_prepare, "mixar.verbs.prepare", "images to shards of latents and tokens"),
     "train": Verb(_train, "mixar.train", "train a codec, the prior or MixAR; again resumes"),
     "sample": Verb(_sample, "mixar.verbs.sample", "generate images from a run or an export"),
@@ -186,12 +186,12 @@ VERBS = {
     "export": Verb(_export, "mixar.verbs.export", "the EMA weights of a run, with codecs and prior"),
     "demo": Verb(_demo, "mixar.verbs.demo", "the whole method on small images, on a CPU, in minutes"),
     "plan": Verb(_plan, "mixar.verbs.plan", "parameters, work, memory and planned speed of a config"),
-    "doctor": Verb(_doctor, "mixar.verbs.doctor", "versions, devices, shards: is this machine ready"),
+    "doctor": Verb(_doctor, "mixar.verbs.doctor", "versions, devices, shards: check this machine"),
 }
 
 
 def verb_parser(verb: str) -> argparse.ArgumentParser:
-    """What reads the arguments of one of `VERBS`."""
+    """The argument parser of one of `VERBS`."""
     parser = argparse.ArgumentParser(
         prog=f"mixar {verb}", description=inspect.getdoc(VERBS[verb].arguments),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,4 +1,4 @@
-"""The error that a user can act on, and how a program ends by an error."""
+"""Errors that a user can act on, and the end of a program by an error."""
 
 import difflib
 import sys
@@ -14,7 +14,7 @@ class UserError(Exception):
     """
 
     status = 2
-    elsewhere = False  # whether another process tells of it
+    elsewhere = False  # whether another process reports it
 
     def __str__(self) -> str:
         return printable(super().__str__())
@@ -42,19 +42,19 @@ def _as_in_a_config(key: str, value: Any) -> str:
 
 
 class PassingError(UserError):
-    """What may be over when the same command is started again, such as a lost connection: job scripts do start it."""
+    """A temporary failure, such as a lost connection: job scripts start the same command again."""
 
     status = 75  # EX_TEMPFAIL
 
 
 def report(program: str, error: BaseException) -> int:
-    """Tell on stderr what ended `program`, and give the exit status: one line for what the user can act on."""
+    """Report on stderr the error that ended `program`, in one line where the user can act on it; the exit status."""
     if isinstance(error, UserError):
         if not error.elsewhere:
             print(f"{program}: {error}", file=sys.stderr)
         return error.status
     if isinstance(error, KeyboardInterrupt):
-        print(f"{program}: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        print(f"{program}: interrupted; the same command resumes where it stopped", file=sys.stderr)
         return 130
     traceback.print_exception(error)
     return 1
@@ -67,5 +67,5 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters, and what is no character at all, written as escapes: names may hold anything."""
+    """`text` with control characters and lone surrogates as escapes, since names of files may hold anything."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

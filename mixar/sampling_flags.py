@@ -42,7 +42,7 @@ AXES = ("preset", *(name for name in FLAGS if name not in ("seed", "batch", "gui
 
 def add_flags(parser: argparse.ArgumentParser, count: str) -> None:
     """Add all flags that `request` reads; `count` says how many images are sampled without --count."""
-    parser.add_argument("--labels", help="classes to draw in turn, such as 3,7,7 or 0-9 (default: all)")
+    parser.add_argument("--labels", help="classes to sample in turn, such as 3,7,7 or 0-9 (default: all)")
     parser.add_argument("--count", type=int, help=f"images (default: {count})")
     for name, (kind, about) in FLAGS.items():
         parser.add_argument(flag(name), type=kind, help=f"{about} (default: the export's)")

@@ -65,7 +65,7 @@ def test_each_launcher_s_place_is_found(find, environment, launcher, place) -> N
         (TORCHRUN | {"LOCAL_WORLD_SIZE": "3"}, "contradict each other"),
         (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "9,7"}, "nodes need equal numbers"),
         ({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "8"}, "OMPI_COMM_WORLD_SIZE=8 come from mpirun"),
-        (SRUN | {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "8"}, "come from mpirun"),  # its daemons are srun's
+        (SRUN | {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "8"}, "from mpirun"),  # its daemons are srun's
         ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "PMI_SIZE=2 come from mpirun"),
     ],
 )

@@ -91,7 +91,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(home, small_disk, tmp_path) -> No
     wait_for(run / "checkpoints" / "000000000080" / "DONE", processes)
     assert end(processes) != [0, 0]  # there is no room for a second
     told = [line for line in log.read_text().splitlines() if line.startswith("mixar train: a checkpoint in")]
-    assert len(told) == 1 and "make room, then the same command goes on from" in told[0]
+    assert len(told) == 1 and "free space, then the same command resumes from" in told[0]
     assert [kept.name for kept in complete_checkpoints(run)] == ["000000000080"]
     subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
     assert end(start_ranks(command, 2, log=log)) == [0, 0]

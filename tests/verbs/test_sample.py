@@ -91,7 +91,7 @@ def test_an_npz_goes_on_after_signals(refused, run_dir, tmp_path):
         process.send_signal(number)
         complaint = process.communicate()[1]
         assert process.returncode == status and not (folder / "samples.npz").exists()
-    assert "mixar sample: interrupted; the same command goes on where it stopped" in complaint
+    assert "mixar sample: interrupted; the same command resumes where it stopped" in complaint
     kept = folder / ".samples" / "0.npy"
     (folder / ".samples" / ".samples.npz.0.part").touch()  # as a kill while the npz is put together leaves it
     before = kept.stat().st_mtime_ns
