@@ -173,7 +173,7 @@ def _fault(file_name: str, label: str) -> str | None:
     if not label:
         return "has no label: write one, or remove the row"
     if label.isdecimal() and float(label) >= MOST_CLASSES:
-        return f"has too large a label: labels count from 0, and {MOST_CLASSES:,} is the limit"
+        return f"has too large a number for a label: labels count from 0, and {MOST_CLASSES:,} is the limit"
     if re.fullmatch(r"[-+]?\d+\.?\d*", label) and not label.isdecimal():
         return "has a label that is neither a name nor a whole number of at least 0: write 3, not 3.0 or -3"
     return None

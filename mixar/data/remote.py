@@ -62,7 +62,7 @@ def _progress(folder: Path, verb: str) -> str:
     if not (written := sorted(folder.glob(f"part-*/{PART}"))):
         return ""
     whole = json.loads(written[0].read_text()).get("parts", "more")
-    return f"{len(written)} of {whole} parts are written, run the same {verb} again for the rest"
+    return f"{len(written)} of {whole} parts are written, run {verb} again with the same arguments for the rest"
 
 
 def _download(shards: str, name: str, to: Path) -> None:
