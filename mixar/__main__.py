@@ -2,35 +2,45 @@
 
 import argparse
 import importlib
+import io
 import os
 import select
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from mixar import __version__
 from mixar.command_line import VERBS, verb_parser
 from mixar.errors import UserError, report
-from mixar.verbs.process import interruptible
+from mixar.signals import STOPPING
 
-EXTRAS = {"deepspeed": "train", "streaming": "train", "tensorboard": "train", "mlxtend": "demo"}  # of pyproject.toml
+# package and the extra of pyproject.toml that brings it
+EXTRAS = {
+    "deepspeed": "train", "streaming": "train", "tensorboard": "train", "matplotlib": "plot", "mlxtend": "demo",
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; 0 when it succeeded, 2 for a mistake that its message tells how to mend."""
+    """Run one verb; returns its exit status: 0 for success, 2 for a mistake whose message says how to fix it."""
     try:
         status = _run(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
     except BrokenPipeError:
         if not _nobody_reads():
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what python flushes at its end
-        return 141  # as a shell calls it when SIGPIPE ends a program
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
+        return 141  # the status that a shell gives a program ended by SIGPIPE
     return status
 
 
 def _run(given: list[str]) -> int:
     prog = "mixar"
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not every locale can write the name of a user's folder
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with interruptible():
+        with _interruptible():
             verb = _parser().parse_args(given[:1]).verb
             prog = f"mixar {verb}"
             args = verb_parser(verb).parse_intermixed_args(given[1:])
@@ -47,12 +57,26 @@ def _run(given: list[str]) -> int:
     return 0
 
 
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let the signals that ask for an end act as Ctrl-C does."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # Python lets no other thread handle signals
+        handled = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]  # as under nohup
+        before = {number: signal.signal(number, signal.default_int_handler) for number in handled}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mixar", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="MixAR: image generation by continuous masked autoregression, guided by discrete tokens.",
         epilog="verbs:\n" + "\n".join(f"  {verb:<9} {about}" for verb, (_, _, about) in VERBS.items())
-        + "\n\n`mixar VERB --help` tells more; `mixar demo` is the place to start.",
+        + "\n\n`mixar VERB --help` says more; `mixar demo` is the place to start.",
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"mixar {__version__}")
     parser.add_argument("verb", choices=VERBS, metavar="VERB")
@@ -60,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _nobody_reads() -> bool:
-    """Whether what reads standard output has ended, as `head` does."""
+    """Whether the reader of standard output has gone, as `head` does."""
     poll = select.poll()
     poll.register(sys.stdout, 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

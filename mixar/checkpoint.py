@@ -1,4 +1,4 @@
-"""The run directory: what lies where, checkpoints that are complete or not there, and one run at a time.
+"""The run directory: its files, checkpoints that appear complete or not at all, and one run at a time.
 
 config.yaml env.json log.txt metrics.jsonl tb/ replay/ checkpoints/<images>/ exports/<images>-ema/ samples/ eval/
 """
@@ -29,28 +29,28 @@ from mixar.log import log, start_log
 
 DONE = "DONE"
 FORMAT = 2
-# what shapes the weights, the draws or the count of images: a resumed run must not change these keys and sections
+# keys and sections that shape the weights, the draws or the count of images: a resumed run must not change them
 FIXED = ("task", "seed", "train.batch", "data.flip", "mask", "vae", "tokenizer", "prior", "model")
-# but for these: another kernel computes the same, and of frozen networks the fingerprints are compared, not the paths
+# except these: other kernels compute the same, and frozen networks are compared by fingerprint, not by path
 FREE = ("model.attention", "vae.weights", "tokenizer.weights", "prior.weights")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is."""
+    """The progress of a run."""
 
     step: int = 0
     images: int = 0
 
 
 class RunDirectory:
-    """One run's folder, made and written by rank 0; its methods are collectives, but for `close`.
+    """One run's folder, created and written by rank 0. Its methods are collectives, except `close`.
 
     Attributes:
-        data: what the run is trained on, as every checkpoint says it; see `begin`.
+        data: a description of the training data, stored in every checkpoint; see `begin`.
 
     Raises:
-        UserError: another run trains here, or the config differs from the run's in what cannot change.
+        UserError: another process trains here, or the config changes keys of the run that are fixed.
     """
 
     def __init__(self, cfg: Config, place: Place) -> None:
@@ -61,7 +61,7 @@ class RunDirectory:
         self._lock = lock[0] if lock else None
         if not place.is_main:
             start_log(self.path / "log.txt", place.rank)
-        self._group = dist.side_group(place, cfg.engine.timeout)  # the writer's own, beside the training's
+        self._group = dist.side_group(place, cfg.engine.timeout)  # for the writer, beside the group of the training
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._written: Future[None] | None = None
 
@@ -72,11 +72,11 @@ class RunDirectory:
             start_log(self.path / "log.txt")
         except OSError as error:
             raise UserError(
-                f"run_dir={self.path} cannot be written ({error.strerror}): make room there, or write run_dir=<a "
+                f"run_dir={self.path} cannot be written ({error.strerror}): free space there, or write run_dir=<a "
                 "folder you own>"
             ) from None
         if unlocked:
-            log.warning("%s: see that no other process trains in %s", unlocked, self.path)
+            log.warning("%s: make sure that no other process trains in %s", unlocked, self.path)
         self._check(self.cfg)
         for name in ("config.yaml", "env.json", "metrics.jsonl"):
             for left in self.path.glob(f".{name}.*{files.PART}"):  # of a start that was killed
@@ -85,13 +85,13 @@ class RunDirectory:
         return lock
 
     def _take(self) -> tuple[IO[str], str | None]:
-        """The lock of the folder, and what is wrong where its file system has none."""
+        """The lock of the folder, and a message where its file system has no locks."""
         lock = (self.path / ".lock").open("a")
         try:
-            # a lock of the process: unlike flock's, the loader's workers do not inherit it, and outlive a kill with it
+            # unlike flock's, this lock is not inherited by the loader's workers, which may outlive a kill
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise PassingError(  # a job that was requeued may come before its lost node has let go
+            raise PassingError(  # a requeued job may start before its lost node has released the lock
                 f"another process is training in {self.path}: wait for it, or write run_dir=<another folder>"
             ) from None
         except OSError as error:
@@ -106,28 +106,28 @@ class RunDirectory:
             return
         try:
             if "\nsample:" not in file.read_text():  # the last section
-                raise UserError(f"{file} is torn")
+                raise UserError(f"{file} is incomplete")
             before, now = to_dict(load_config(file)), to_dict(cfg)
         except (UserError, UnicodeDecodeError) as error:
             whole = [str(folder / "config.yaml") for folder in self.checkpoints()]
-            mend = shlex.join(["cp", whole[-1], str(file)] if whole else ["rm", str(file)])
-            raise UserError(f"the run's own config is damaged ({error}): {mend}, then start it again") from None
+            fix = shlex.join(["cp", whole[-1], str(file)] if whole else ["rm", str(file)])
+            raise UserError(f"the run's own config is damaged ({error}): {fix}, then start it again") from None
         for key, old, new in _differences(before, now):
             if (key in FIXED or key.split(".")[0] in FIXED) and key not in FREE:
                 raise UserError(
                     f"{file} was started with {key}={old}, now it is {new}: write {key}={old}, or another run_dir"
                 )
             if key != "run_dir":
-                log.info("%s was %s, from here on it is %s", key, old, new)
+                log.info("%s changes from %s to %s", key, old, new)
 
     def save(self, engine: Engine, progress: Progress) -> None:
-        """Begin a checkpoint: copy the state, and let a thread write it while training goes on.
+        """Start a checkpoint: copy the state, and let a thread write it while training goes on.
 
-        Written aside, it gets a DONE with the sum of every file once all ranks' files are on the disk, and then its
-        name; beyond `train.keep`, the oldest go.
+        It is written under another name. Once the files of all ranks are on the disk, it gets a DONE with the sum of
+        every file, and then its own name. Of more than `train.keep` checkpoints, the oldest are removed.
 
         Raises:
-            UserError: the checkpoint before could not be written.
+            UserError: the previous checkpoint could not be written.
         """
         self.wait()
         self._written = self._writer.submit(self._write, engine.save(), progress)
@@ -149,14 +149,14 @@ class RunDirectory:
             final.rename(_gone(final))
         aside.rename(final)
         files.sync(folder)
-        # not those past it, which a run that had to go back has not reached again
+        # not later ones: a run that had to go back has not reached them again
         kept = [old for old in self.checkpoints() if int(old.name) <= progress.images]
         for old in kept[: -self.cfg.train.keep]:
             old.rename(_gone(old))
         self._sweep()
 
     def _sweep(self) -> None:
-        """Remove what is torn or no longer kept. What cannot go now, as while another reads it, can later."""
+        """Remove incomplete and surplus checkpoints. One that cannot be removed now, since it is read, can be later."""
         for left in (self.path / "checkpoints").glob(".[0-9]*"):
             try:
                 shutil.rmtree(left)
@@ -165,14 +165,14 @@ class RunDirectory:
 
     @property
     def failed(self) -> bool:
-        """Whether the checkpoint being written is known to have failed here."""
+        """Whether the writing of the current checkpoint has failed on this rank."""
         return self._written is not None and self._written.done() and self._written.exception() is not None
 
     def wait(self) -> None:
-        """Wait until the checkpoint that was begun last is complete.
+        """Wait until the last checkpoint is complete.
 
         Raises:
-            UserError: it could not be written; those before it are as they were.
+            UserError: it could not be written; earlier ones are unchanged.
         """
         if self._written is None:
             return
@@ -185,11 +185,11 @@ class RunDirectory:
             raise error
         kept = self.checkpoints()
         if self.place.is_main:
-            self._sweep()  # what is torn may hold the room that is missing
-        then = f"goes on from {kept[-1]}" if kept else "starts anew, for there is none yet"
+            self._sweep()  # incomplete checkpoints may take the space that is missing
+        then = f"resumes from {kept[-1]}" if kept else "starts from the beginning, since there is none yet"
         raise (UserError if self.place.is_main else dist.ElsewhereError)(
             f"a checkpoint in {self.path} could not be written ({reasons[0]}): "
-            f"make room, then the same command {then}"
+            f"free space, then the same command {then}"
         )
 
     def checkpoints(self) -> list[Path]:
@@ -197,13 +197,13 @@ class RunDirectory:
         return complete_checkpoints(self.path)
 
     def begin(self, data: dict[str, Any]) -> None:
-        """Take what the run is trained on, see that its checkpoints were trained on the same, and note down its config.
+        """Compare the training data with that of the run's checkpoints, and write the config and the environment.
 
         Args:
-            data: plain values by name. A name that is on one side only is of what was switched on or off since.
+            data: plain values by name. A name on one side only belongs to a feature that was switched on or off.
 
         Raises:
-            UserError: another set of data.
+            UserError: other data.
         """
         self.data = data
         dist.on_main(self.place, self._begin)
@@ -214,17 +214,17 @@ class RunDirectory:
             if other := [name for name in known if name in self.data and known[name] != self.data[name]]:
                 raise UserError(
                     f"{folder} was trained on other data than data.images={self.cfg.data.images} and data.shards="
-                    f"{self.cfg.data.shards} are now (another {', '.join(other)}): name the data that it was trained "
-                    f"on, or train on these with another run_dir and init_from={self.path}"
+                    f"{self.cfg.data.shards} (they differ in {', '.join(other)}): name the former data, or train on "
+                    f"the new ones with another run_dir and init_from={self.path}"
                 )
         files.write_text(self.path / "config.yaml", to_yaml(self.cfg))
         files.write_json(self.path / "env.json", environment())
 
     def load(self, engine: Engine) -> Progress:
-        """Load the newest complete checkpoint; passes over damaged ones and those of another format, naming them.
+        """Load the newest complete checkpoint; skips damaged ones and those of another format, and logs them.
 
         Raises:
-            UserError: there are checkpoints, and none of them can be loaded.
+            UserError: there are checkpoints, but none can be loaded.
         """
         faults = []
         for folder in reversed(dist.on_main(self.place, self.checkpoints)):
@@ -238,27 +238,27 @@ class RunDirectory:
             if fault is None:
                 log.info("resuming from %s: step %d, %d images", folder, saved["step"], saved["images"])
                 return Progress(saved["step"], saved["images"])
-            log.info("passing over %s: %s", folder, fault)  # an older one may still be whole
+            log.info("skipping %s: %s", folder, fault)  # an older one may be intact
             faults.append(f"{folder.name}: {fault}")
         if faults:
             folder = self.path / "checkpoints"
             raise (UserError if self.place.is_main else dist.ElsewhereError)(
-                f"no checkpoint in {folder} can be loaded ({'; '.join(faults)}): bring a whole one back, or to start "
-                f"anew on purpose, {shlex.join(['mv', str(folder), f'{folder}-damaged'])}"
+                f"no checkpoint in {folder} can be loaded ({'; '.join(faults)}): restore an intact one, or to start "
+                f"from the beginning, {shlex.join(['mv', str(folder), f'{folder}-damaged'])}"
             )
         return Progress()
 
     def _damage(self, folder: Path, sums: dict[str, int]) -> str | None:
-        """Which of a checkpoint's files do not have their sums; the ranks read a share of them each, and agree."""
+        """A message about files of a checkpoint with wrong sums; every rank reads a share of them."""
         own = sorted(sums)[self.place.rank :: self.place.world]
         wrong = dist.gather(self.place, damaged(folder, {name: sums[name] for name in own}))
         return _changed([name for found in wrong for name in found])
 
     def close(self) -> None:
-        """Let others have the folder, once a checkpoint that is being written is complete. No collective.
+        """Release the folder, once a checkpoint that is being written is complete. Not a collective.
 
-        A rank that ends by an error comes here alone, and its writer goes on while the others' do: none of them may be
-        waited for longer than for a step.
+        A rank that ends by an error calls this alone, while its writer works as long as those of the others; the wait
+        is limited to the time limit of a step.
         """
         if self._written is not None:
             wait([self._written], self.cfg.engine.timeout)
@@ -267,19 +267,19 @@ class RunDirectory:
             self._lock.close()
 
     def write_replay(self, step: int, record: dict[str, Any]) -> Path:
-        """What is needed to see a skipped step again."""
+        """Write what is needed to reproduce a skipped step, and return the file."""
         file = self.path / "replay" / f"step-{step}.json"
         files.write_json(file, record)
         return file
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of the run directory `run`, oldest first. Their names are the numbers of images seen."""
+    """The complete checkpoints of the run directory `run`, oldest first, named by the number of images seen."""
     return sorted(done.parent for done in (run / "checkpoints").glob(f"[0-9]*/{DONE}"))
 
 
 def load_ema(checkpoint: Path, model: nn.Module) -> None:
-    """Put a checkpoint's EMA weights, and its buffers, into `model`. Nothing else of it is read, and no run is touched.
+    """Load a checkpoint's EMA weights and buffers into `model`, without reading anything else or changing the run.
 
     Raises:
         UserError: a damaged checkpoint, or one of another model.
@@ -297,13 +297,13 @@ def load_ema(checkpoint: Path, model: nn.Module) -> None:
     except (CheckpointException, OSError) as error:
         fault = _reason(error)
     if fault is not None and not checkpoint.exists():
-        raise PassingError(f"{checkpoint} was removed while it was read: the run keeps train.keep of them, try again")
+        raise PassingError(f"{checkpoint} was removed while it was read, as the run keeps only train.keep: try again")
     if fault is not None:
-        raise UserError(f"{checkpoint} cannot be read ({fault}): remove it, then the one before it is taken")
+        raise UserError(f"{checkpoint} cannot be read ({fault}): remove it, then the previous one is used")
 
 
 def read_head(folder: Path) -> tuple[dict[str, Any], str | None]:
-    """A checkpoint's progress with the sums of its files, or what is wrong with them."""
+    """A checkpoint's progress with the sums of its files, and a message where they cannot be read."""
     try:
         saved = json.loads((folder / "progress.json").read_text())
         if saved["format"] != FORMAT:
@@ -321,7 +321,7 @@ def read_head(folder: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def _reason(error: BaseException) -> str:
-    """Why a checkpoint cannot be read, in one line; CheckpointException wraps what a damaged file raises, by rank."""
+    """The reason why a checkpoint cannot be read, in one line; CheckpointException wraps the errors of the ranks."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return " ".join(str(error).split())[:200]
@@ -339,7 +339,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") 
 
 
 def damaged(folder: Path, sums: dict[str, int]) -> list[str]:
-    """Those of a checkpoint's files that do not have their sums, or cannot be read."""
+    """The files of a checkpoint that have wrong sums or cannot be read."""
     wrong = []
     for name, known in sums.items():
         try:
@@ -355,7 +355,7 @@ def _changed(names: list[str]) -> str | None:
 
 
 def _gone(checkpoint: Path) -> Path:
-    """The name of a checkpoint that is to be removed, by which nobody takes it for a whole one."""
+    """A name for a checkpoint that is to be removed, so that nobody takes it for a complete one."""
     return checkpoint.with_name(f".{checkpoint.name}.{uuid.uuid4().hex}.gone")
 
 

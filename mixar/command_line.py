@@ -1,65 +1,18 @@
-"""The command line: the arguments of each verb, in a file that imports nothing heavy, so that help comes at once."""
+"""The arguments of each verb, in a file that imports nothing heavy, so that --help answers at once."""
 
 import argparse
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mixar.cards import CARDS
-from mixar.config import ORDERS, PRECISIONS, PRESETS
 from mixar.resources import config_names
-
-GRID = ["steps=4,8,16", "diffusion_steps=4,8,25", "prior_steps=4,8,16"]  # what --grid tries by default
-
-
-def _interval(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
-
-
-FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "seed": (int, "of the first image: image i has seed + i, and depends on that alone"),
-    "steps": (int, "autoregressive steps"),
-    "order": (str, f"of the positions: {' or '.join(ORDERS)}"),
-    "solver": (str, "of the denoising: ddpm, or dpm, which takes fewer steps"),
-    "diffusion_steps": (str, "denoising steps per token: 100, ddim50, or 10,5"),
-    "diffusion_steps_end": (int, "DiSA: what the denoising steps fall to over the autoregressive steps"),
-    "diffusion_start": (int, "training step that denoising starts from, 999 or below"),
-    "guidance": (float, "classifier-free guidance; 1 is none"),
-    "guidance_interval": (_interval, "share of the autoregressive steps that are guided, such as 0.25,1"),
-    "temperature": (float, "of the denoising noise"),
-    "prior_steps": (int, "steps of the discrete prior"),
-    "prior_guidance": (float, "guidance of the discrete prior; 0 is none"),
-    "batch": (int, "images at a time; it changes the speed only"),
-}
-# what a grid can vary; the seed and the batch change no quality, and an interval has a comma of its own
-AXES = ("preset", *(name for name in FLAGS if name not in ("seed", "batch", "guidance_interval")))
-
-
-def _add_sampling(parser: argparse.ArgumentParser, count: str) -> None:
-    """Add the flags that `Drawing.of` reads; `count` says how many are drawn without --count."""
-    parser.add_argument("--labels", help="classes to draw in turn, such as 3,7,7 or 0-9 (default: all)")
-    parser.add_argument("--count", type=int, help=f"images (default: {count})")
-    for name, (kind, about) in FLAGS.items():
-        parser.add_argument(flag(name), type=kind, help=f"{about} (default: the export's)")
-    parser.add_argument("--preset", choices=PRESETS, help="settings to start from, which the flags above change")
-    parser.add_argument("--precision", choices=PRECISIONS, help="default: the faster one of the device")
-    parser.add_argument("--compile", action="store_true", help="for many images on a GPU: the head in a CUDA graph")
-
-
-def sampling_flags(args: argparse.Namespace) -> list[str]:
-    """Those of the sampling flags that are given."""
-    names = ("labels", "count", "preset", "precision", "compile", *FLAGS)
-    return [flag(name) for name in names if getattr(args, name) not in (None, False)]
-
-
-def flag(name: str) -> str:
-    """The flag of a setting: `--name`."""
-    return "--" + name.replace("_", "-")
+from mixar.sampling_flags import AXES, GRID, add_flags
 
 
 def _configs(parser: argparse.ArgumentParser) -> None:
-    """The configs that travel with mixar. Each is one complete run, and its name does where a file would.
+    """The configs that ship with mixar. Each is one complete run, and can be named in place of a file.
 
         mixar configs                          their names, and what they are
         mixar configs mixar_l                  the file itself
@@ -78,7 +31,7 @@ def _prepare(parser: argparse.ArgumentParser) -> None:
         mixar prepare CONFIG data.images=DIR data.shards=OUT vae.weights=PATH tokenizer.weights=PATH
 
     Several ranks share the work: the elements of a Slurm array, the tasks of an srun step, --rank and --world, or just
-    the same command several times. Each returns when the set is complete. An interrupted run goes on where it stopped.
+    the same command several times. Each returns when the set is complete. An interrupted run resumes where it stopped.
     """
     parser.add_argument("config", help="yaml file, such as configs/mixar_l.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.images=/data/imagenet/train")
@@ -116,11 +69,11 @@ def _sample(parser: argparse.ArgumentParser) -> None:
         mixar sample runs/mixar_l --labels 207,360 --count 16 --grid
         mixar sample runs/mixar_l --count 50000 --npz
 
-    PNGs are named <seed>-<label>.png. Image i is drawn from seed + i alone: the batch, the count and the order of the
-    others do not change it. The same command goes on where it stopped.
+    PNGs are named <seed>-<label>.png. Image i depends on seed + i alone, not on the batch, the count or the order of
+    the others. The same command resumes where it stopped.
     """
     parser.add_argument("path", metavar="PATH", help="run directory (its newest export) or export folder")
-    _add_sampling(parser, "one of each class in turn")
+    add_flags(parser, "one of each class in turn")
     parser.add_argument("--out", metavar="DIR", help="default: PATH/samples/<seed>-<count>, beside PATH for an export")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--grid", action="store_true", help="also show the first 64 in one picture, <out>-grid.png")
@@ -130,17 +83,17 @@ def _sample(parser: argparse.ArgumentParser) -> None:
 def _evaluate(parser: argparse.ArgumentParser) -> None:
     """Score images against a reference: Frechet distance, Inception Score, precision and recall, with a JSON receipt.
 
-        mixar evaluate runs/mixar_l --reference imagenet.npz                       draws 50,000 images and scores them
+        mixar evaluate runs/mixar_l --reference imagenet.npz                       samples 50,000 images, scores them
         mixar evaluate --samples DIR --reference DIR --crop 256                    scores what is there
         mixar evaluate --reference DIR --crop 256 --save-statistics imagenet.npz   keeps a reference for later
         mixar evaluate runs/mixar_l --reference imagenet.npz --grid steps=8,64 guidance=2,3 --repeats 3
                                                                                    speed against quality, at each point
 
-    A distance is called FID only where it is one: published Inception weights and 50,000 samples. Samples are kept, so
-    the same command goes on where it stopped. A grid draws the same seeds and labels at each point, in the folders of
+    A distance is called FID only with the published Inception weights and 50,000 samples. Samples are kept, so that
+    the same command resumes where it stopped. A grid uses the same seeds and labels at each point, in the folders of
     `mixar sample`, and writes PATH/eval/<name>-grid.json with a table (.md) and a plot (.png).
     """
-    parser.add_argument("path", nargs="?", metavar="PATH", help="run directory or export folder to draw samples from")
+    parser.add_argument("path", nargs="?", metavar="PATH", help="run directory or export folder to sample from")
     parser.add_argument("--samples", metavar="PATH", help="folder of images, or npz, to score instead")
     parser.add_argument("--reference", required=True, help="images: folder, npz or built-in set; or npz of statistics")
     parser.add_argument("--crop", type=int, metavar="SIZE", help="crop a folder of reference images, as ADM does")
@@ -149,9 +102,9 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save-statistics", metavar="FILE", help="keep the reference's statistics as an npz")
     parser.add_argument("--out", metavar="FILE", help="the receipt or grid; default: PATH/eval/<seed>-<count>.json")
     axes = f"{', '.join(AXES)} (default: {' '.join(GRID)}, and the presets)"
-    parser.add_argument("--grid", nargs="*", metavar="NAME=V,V", help=f"draw and score each point of a grid: {axes}")
+    parser.add_argument("--grid", nargs="*", metavar="NAME=V,V", help=f"sample and score each point of a grid: {axes}")
     parser.add_argument("--repeats", type=int, metavar="N", help="score each point of the grid on N ranges of seeds")
-    _add_sampling(parser, "50000")
+    add_flags(parser, "50000")
 
 
 def _export(parser: argparse.ArgumentParser) -> None:
@@ -178,7 +131,7 @@ def _demo(parser: argparse.ArgumentParser) -> None:
         mixar demo --images DIR      your images, classes from the sub-folders
         mixar demo --compare         none, DC-Mix, DC-SA and DC-CA side by side, as in the paper's tables
 
-    Interrupted, the same command goes on where it stopped.
+    After an interruption, the same command resumes where it stopped.
     """
     parser.add_argument("--images", default="digits", help="a folder of images, or a built-in set (default: digits)")
     parser.add_argument("--out", type=Path, help="default: runs/demo, or runs/demo-short")
@@ -194,7 +147,7 @@ def _plan(parser: argparse.ArgumentParser) -> None:
         mixar plan CONFIG [key=value ...] --gpus 32 --gpu h100
         mixar plan CONFIG --print run_dir
 
-    With --gpus also memory per rank by part, bytes moved, images/s and days under each engine, and what that assumes.
+    With --gpus also memory per rank by part, bytes moved, images/s and days under each engine, and the assumptions.
     """
     parser.add_argument("config", help="yaml file, such as configs/mixar_l.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -205,19 +158,19 @@ def _plan(parser: argparse.ArgumentParser) -> None:
 
 
 def _doctor(parser: argparse.ArgumentParser) -> None:
-    """Is this machine ready: versions, devices, memory, compilers; with a config also its folders, shards and weights.
+    """Check this machine: versions, devices, memory, compilers; with a config also its folders, shards and weights.
 
         mixar doctor [CONFIG] [key=value ...]
         srun --ntasks-per-node=8 mixar doctor CONFIG    every rank checks its place; so under torchrun -m mixar doctor
 
-    Of several ranks the first one's findings are shown, then where other nodes differ, and a timed all-reduce. A line
-    is `ok`, a `note` (it works, within the limit stated), or `bad` (it will fail).
+    With several ranks, the first one's findings are shown, then those in which other nodes differ, and a timed
+    all-reduce. A line is `ok`, a `note` (it works, with a limitation), or `bad` (it will fail).
     """
     parser.add_argument("given", nargs="*", metavar="CONFIG key=value", help="a run to check for, both parts optional")
 
 
 class Verb(NamedTuple):
-    """The arguments of `mixar <verb>`, the module of its `run(args)`, and its purpose in a few words."""
+    """A verb's arguments, the module with its `run(args)`, and a short description."""
 
     arguments: Callable[[argparse.ArgumentParser], None]
     module: str
@@ -225,7 +178,7 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "configs": Verb(_configs, "mixar.verbs.configs", "the configs that travel with mixar: list, show, copy"),
+    "configs": Verb(_configs, "mixar.verbs.configs", "the configs that ship with mixar: list, show, copy"),
     "prepare": Verb(_prepare, "mixar.verbs.prepare", "images to shards of latents and tokens"),
     "train": Verb(_train, "mixar.train", "train a codec, the prior or MixAR; again resumes"),
     "sample": Verb(_sample, "mixar.verbs.sample", "generate images from a run or an export"),
@@ -233,7 +186,7 @@ VERBS = {
     "export": Verb(_export, "mixar.verbs.export", "the EMA weights of a run, with codecs and prior"),
     "demo": Verb(_demo, "mixar.verbs.demo", "the whole method on small images, on a CPU, in minutes"),
     "plan": Verb(_plan, "mixar.verbs.plan", "parameters, work, memory and planned speed of a config"),
-    "doctor": Verb(_doctor, "mixar.verbs.doctor", "versions, devices, shards: is this machine ready"),
+    "doctor": Verb(_doctor, "mixar.verbs.doctor", "versions, devices, shards: check this machine"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Where this process stands: its launcher, its rank among the others, its device, its precision."""
+"""This process among the others of a run: its launcher, rank, device and precision, and their collectives."""
 
 import errno
 import multiprocessing
@@ -24,11 +24,11 @@ from mixar.signals import end_at_once
 
 T = TypeVar("T")
 
-# torch's own engines and DeepSpeed call what torch has just renamed, once a step
+# torch's own engines and DeepSpeed call functions that torch has renamed, in every step
 warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed")
 
 _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_MEND = "start with torchrun, deepspeed or srun; for one process: unset RANK WORLD_SIZE"
+_FIX = "start with torchrun, deepspeed or srun; for one process: unset RANK WORLD_SIZE"
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Place:
 
 
 class ElsewhereError(UserError):
-    """A mistake that another rank tells of: this one ends as that does, without a line of its own."""
+    """A mistake that another rank reports: this one ends with the same status, without a message of its own."""
 
     elsewhere = True
 
@@ -66,23 +66,23 @@ class ElsewhereError(UserError):
 
 
 def find() -> Place:
-    """This process's place from its launcher's environment; joins no others.
+    """This process's place, from the environment of its launcher; it joins no process group.
 
-    torchrun and deepspeed set RANK and its kin; under srun they follow from `mixar.slurm`.
+    torchrun and deepspeed set RANK and related variables; under srun, `mixar.slurm` gives them.
 
     Raises:
-        UserError: an environment that is half set or contradicts itself.
+        UserError: an environment that is incomplete or contradicts itself.
     """
     launcher, env = _environment()
     numbers = {}
     for name in _PLACE[:4]:
         if not env[name].isdecimal():
-            raise UserError(f"{name}={env[name]} is no number: {_MEND}")
+            raise UserError(f"{name}={env[name]} is not a number: {_FIX}")
         numbers[name] = int(env[name])
     rank, world, local_rank, local_world = numbers.values()
     if rank >= world or local_rank >= local_world or world % local_world:
-        told = ", ".join(f"{name}={value}" for name, value in numbers.items())
-        raise UserError(f"{told} contradict each other, nodes must hold equally many ranks: {_MEND}")
+        given = ", ".join(f"{name}={value}" for name, value in numbers.items())
+        raise UserError(f"{given} contradict each other, nodes need equal numbers of ranks: {_FIX}")
     return Place(rank, world, _device(local_rank), local_rank, local_world, launcher)
 
 
@@ -90,17 +90,18 @@ def start(timeout: float) -> Place:
     """This process's place, joined with the others: gloo on CPUs, NCCL on GPUs.
 
     Args:
-        timeout: seconds without a step after which a run tells its stacks; collectives fail 10 s later.
+        timeout: seconds without a step after which a run logs its stacks; collectives fail 10 s later.
 
     Raises:
-        UserError: as `find`; PassingError: ranks that do not find each other.
+        UserError: as `find`.
+        PassingError: ranks that do not find each other.
     """
     place = find()
     store = None
     if place.world > 1:
         end_at_once()
     if place.launcher == "srun":
-        os.environ.update(_environment()[1])  # torch and DeepSpeed look for these names, whatever the launcher
+        os.environ.update(_environment()[1])  # torch and DeepSpeed read these names under any launcher
         if place.world > 1 and "MASTER_PORT" not in os.environ:
             store = _meet(place, timeout)
             os.environ["MASTER_PORT"] = str(store.port)
@@ -114,9 +115,12 @@ def start(timeout: float) -> Place:
 
 
 def join(place: Place, timeout: float, store: c10d.Store | None = None) -> None:
-    """Make the process group, at the address and port of the environment where there is no `store` yet.
+    """Create the process group; without a `store`, at the address and port in the environment.
 
-    A lone process, whose engine wants a group all the same, needs no address for it.
+    A single process, whose engine may need a group too, needs no address.
+
+    Raises:
+        PassingError: ranks that do not find each other.
     """
     if c10d.is_initialized():
         return
@@ -127,27 +131,26 @@ def join(place: Place, timeout: float, store: c10d.Store | None = None) -> None:
             "cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=_limit(timeout), rank=place.rank,
             world_size=place.world, device_id=place.device if gpu else None, store=store,
         )  # fmt: skip
-    except (RuntimeError, ValueError) as error:  # torch's own errors of connection are of these families
+    except (RuntimeError, ValueError) as error:  # torch's connection errors are of these classes
         address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-        told = f"rank {place.rank} of {place.world} did not meet the others at {address}:{port} ({_one_line(error)})"
+        text = f"rank {place.rank} of {place.world} did not meet the others at {address}:{port} ({_one_line(error)})"
         if "EADDRINUSE" in str(error):
-            told += f": another process listens there, `ss -ltnp 'sport = :{port}'` names it; end it, or start with "
-            told += "another port: deepspeed --master_port, torchrun --master_port, or MASTER_PORT for srun"
+            text += f": another process listens there, `ss -ltnp 'sport = :{port}'` names it; end it, or start with "
+            text += "another port: deepspeed --master_port, torchrun --master_port, or MASTER_PORT for srun"
         else:
-            told += ": see that every rank was started, and that the address and port of rank 0's node can be reached "
-            told += "from all nodes"
-        raise PassingError(told) from None
+            text += ": check that every rank was started, and that all nodes can reach this address and port of rank 0"
+        raise PassingError(text) from None
 
 
 def _meet(place: Place, timeout: float) -> c10d.TCPStore:
-    """The store of a Slurm step's ranks, on any free port of rank 0's node.
+    """The store of a Slurm step's ranks, on a free port of rank 0's node.
 
-    Rank 0 tells the port to whoever asks at the first of a row of agreed ones that it can have: one may be held by
-    another job, or by what a requeued job has left behind.
+    Rank 0 announces that port on the first free one of a fixed list of ports: some may be taken by another job, or by
+    remains of a requeued one.
     """
     job = slurm.job()
     word = f"mixar {'.'.join(job)}"
-    # below the range that the kernel hands out by itself
+    # below the range from which the kernel assigns ports
     ports = [15000 + (int(job[0]) + 1009 * i) % 15000 for i in range(16)]
     address, limit = os.environ["MASTER_ADDR"], _limit(timeout)
     if place.is_main:
@@ -160,19 +163,19 @@ def _meet(place: Place, timeout: float) -> c10d.TCPStore:
             try:
                 with socket.create_connection((address, port), timeout=2) as asking:
                     said, _, found = asking.makefile().readline().rpartition(" ")
-            except (OSError, UnicodeDecodeError):  # nobody there, or somebody else
+            except (OSError, UnicodeDecodeError):  # no answer, or that of another program
                 continue
             if said == word:
                 return c10d.TCPStore(address, int(found), place.world, False, limit)
         time.sleep(0.2)
     raise PassingError(
-        f"rank {place.rank} of {place.world} did not meet rank 0 on {address} within {timeout + 10:g} s: see that "
-        "every rank was started, and that this node can be reached from all others"
+        f"rank {place.rank} of {place.world} did not meet rank 0 on {address} within {timeout + 10:g} s: check that "
+        "every rank was started, and that all nodes can reach this address"
     )
 
 
 def _announce(word: str, ports: list[int]) -> None:
-    """Tell `word` to whoever connects to the first of `ports` that is free, for as long as this process lives."""
+    """Send `word` to every connection to the first free one of `ports`, as long as this process lives."""
     for port in ports:
         try:
             six = socket.has_dualstack_ipv6()
@@ -198,7 +201,7 @@ def _announce(word: str, ports: list[int]) -> None:
 
 
 def leave() -> None:
-    """Give up the process group, if there is one."""
+    """Destroy the process group, where there is one."""
     if c10d.is_initialized():
         c10d.destroy_process_group()
 
@@ -209,16 +212,16 @@ def among_others() -> bool:
 
 
 def is_loss_of_others(error: BaseException) -> bool:
-    """Whether a collective failed since another rank has ended or hangs: gloo's errors have no class of their own."""
+    """Whether a collective failed because another rank has ended or hangs: gloo's errors have no class of their own."""
     return isinstance(error, c10d.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 
 def end(status: int) -> NoReturn:
-    """End this process at once, alone: the others may wait for it in a collective, until their launcher ends them.
+    """End this process alone and at once: the others may wait for it in a collective until their launcher ends them.
 
-    The interpreter is not torn down: threads of an exchange that is under way would be waited for, or abort it.
+    The interpreter is not shut down: that would wait for the threads of a running exchange, or abort in them.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise here that a worker was killed
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error about a killed worker here
     for worker in multiprocessing.active_children():
         worker.kill()
     sys.stdout.flush()
@@ -227,12 +230,12 @@ def end(status: int) -> NoReturn:
 
 
 def side_group(place: Place, timeout: float) -> Any:
-    """A group of all ranks on CPUs beside the training's own, with its time limit; None for a lone process."""
+    """A second group of all ranks, on CPUs, with its time limit; None for a single process."""
     return c10d.new_group(backend="gloo", timeout=_limit(timeout)) if place.world > 1 else None
 
 
 def limit_groups(timeout: float) -> None:
-    """Give every process group the run's time limit: libraries make theirs with torch's own, of up to 30 minutes."""
+    """Give every process group the run's time limit: those of libraries have torch's default of up to 30 minutes."""
     for group in list(c10d.distributed_c10d._world.pg_map):
         c10d.distributed_c10d._set_pg_timeout(_limit(timeout), group)
 
@@ -245,28 +248,29 @@ def on_main(place: Place, work: Callable[[], T]) -> T:
     """Do `work` on rank 0 alone and return its result on every rank; a collective.
 
     Raises:
-        UserError: on rank 0, what `work` raised; on the others an `ElsewhereError`.
+        Exception: on rank 0, the error of `work`; on the others an `ElsewhereError` for a `UserError`, else a
+            RuntimeError.
     """
     if place.world == 1:
         return work()
-    told: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]
     failure: BaseException | None = None
     if place.is_main:
         try:
-            told[0] = work()
-        except BaseException as error:  # the others wait: they must hear of whatever it was
-            failure, told[1] = error, (error.status if isinstance(error, UserError) else None, _one_line(error))
-    c10d.broadcast_object_list(told, device=torch.device("cpu"))
+            outcome[0] = work()
+        except BaseException as error:  # the others wait, and must learn of any error
+            failure, outcome[1] = error, (error.status if isinstance(error, UserError) else None, _one_line(error))
+    c10d.broadcast_object_list(outcome, device=torch.device("cpu"))
     if failure is not None:
         raise failure
-    if told[1] is not None:
-        status, text = told[1]
+    if outcome[1] is not None:
+        status, text = outcome[1]
         raise RuntimeError(f"rank 0 failed: {text}") if status is None else ElsewhereError(text, status)
-    return cast(T, told[0])
+    return cast(T, outcome[0])
 
 
 def gather(place: Place, value: T, group: Any = None) -> list[T]:
-    """The `value` of every rank, in their order, on every rank; a collective, of `group` where one is given."""
+    """The `value` of every rank, in rank order, on every rank; a collective of `group` or of all ranks."""
     if place.world == 1:
         return [value]
     values: list[Any] = [None] * place.world
@@ -275,10 +279,10 @@ def gather(place: Place, value: T, group: Any = None) -> list[T]:
 
 
 def on_each(place: Place, work: Callable[[], T], group: Any = None) -> list[T]:
-    """Do `work` on every rank: the results of all, or an error on all of them; a collective as `gather`.
+    """Do `work` on every rank, and return the results of all or fail on all; a collective like `gather`.
 
     Raises:
-        Exception: what `work` raised here; where it raised elsewhere alone, an `ElsewhereError`.
+        Exception: the error of `work` on this rank; where it failed only on others, an `ElsewhereError`.
     """
     result: Any = None
     failure: Exception | None = None
@@ -296,36 +300,36 @@ def on_each(place: Place, work: Callable[[], T], group: Any = None) -> list[T]:
 
 
 class Agreement:
-    """One small number all ranks agree on a step late: the largest that any of them brought.
+    """Agreement of all ranks on one small number, the largest that any rank has given, with a delay of one step.
 
-    The exchange runs beside the step on CPUs, so that no step waits for it or for the device.
+    The exchange runs on CPUs during the step, so that no step waits for it or for the device.
     """
 
     def __init__(self, place: Place, timeout: float) -> None:
         self.group = side_group(place, timeout)
-        self._brought = torch.zeros(1, dtype=torch.int64)
+        self._given = torch.zeros(1, dtype=torch.int64)
         self._work: Any = None
 
     def exchange(self, value: int) -> int:
-        """Bring `value`; returns what the ranks agreed on in the exchange before. Every rank calls it once a step."""
+        """Give `value`, and return the result of the previous exchange. Every rank calls it once per step."""
         if self.group is None:
             return value
         agreed = self.settle()
-        self._brought.fill_(value)
-        self._work = c10d.all_reduce(self._brought, c10d.ReduceOp.MAX, self.group, async_op=True)
+        self._given.fill_(value)
+        self._work = c10d.all_reduce(self._given, c10d.ReduceOp.MAX, self.group, async_op=True)
         return agreed
 
     def settle(self) -> int:
-        """Wait for the exchange that is under way, and return what it agreed on; 0 without any."""
+        """Wait for the running exchange, and return its result; 0 where there is none."""
         if self._work is None:
             return 0
         self._work.wait()
         self._work = None
-        return int(self._brought)
+        return int(self._given)
 
 
 def fast_precision(on: torch.device) -> str:
-    """`bf16` where the hardware multiplies it natively, else `fp32`."""
+    """`bf16` where the hardware of device `on` multiplies it natively, else `fp32`."""
     if on.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
@@ -336,13 +340,13 @@ def _environment() -> tuple[str, dict[str, str]]:
     env = {name: os.environ[name] for name in _PLACE if name in os.environ}
     if "RANK" in env or "WORLD_SIZE" in env:
         deepspeed = "LOCAL_SIZE" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
-        if deepspeed:  # its launcher has a name of its own for it
+        if deepspeed:  # its launcher uses another name
             env.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
-        if env.get("WORLD_SIZE") == "1":  # who is alone needs no address, and is the first of its node
+        if env.get("WORLD_SIZE") == "1":  # a single process needs no address, and is the first of its node
             env = {name: "0" for name in _PLACE} | {"LOCAL_WORLD_SIZE": "1"} | env
         if missing := [name for name in _PLACE if name not in env]:
-            told = ", ".join(f"{name}={value}" for name, value in env.items())
-            raise UserError(f"the environment has {told} but no {', '.join(missing)}: {_MEND}")
+            given = ", ".join(f"{name}={value}" for name, value in env.items())
+            raise UserError(f"the environment has {given} but no {', '.join(missing)}: {_FIX}")
         return "deepspeed" if deepspeed else "torchrun", env
     _refuse_mpi("OMPI_COMM_WORLD", "MV2_COMM_WORLD")
     if started := slurm.ranks():
@@ -352,12 +356,12 @@ def _environment() -> tuple[str, dict[str, str]]:
 
 
 def _refuse_mpi(*prefixes: str) -> None:
-    """Refuse the ranks of mpirun, each of which would believe to be alone."""
+    """Refuse to run under mpirun, where every rank would take itself for the only one."""
     for prefix in prefixes:
         rank, size = (os.environ.get(f"{prefix}_{name}", "1") for name in ("RANK", "SIZE"))
         if size != "1":
-            raise UserError(f"{prefix}_RANK={rank} and {prefix}_SIZE={size} tell of mpirun, whose ranks mixar "
-                            "does not take: start with torchrun, deepspeed or srun")  # fmt: skip
+            raise UserError(f"{prefix}_RANK={rank} and {prefix}_SIZE={size} come from mpirun, which mixar does "
+                            "not support: start with torchrun, deepspeed or srun")  # fmt: skip
 
 
 def _device(local_rank: int) -> torch.device:
@@ -365,11 +369,11 @@ def _device(local_rank: int) -> torch.device:
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not cards:
         return torch.device("cpu")
-    if cards == 1:  # also where Slurm shows each task its own card only
+    if cards == 1:  # also where Slurm shows each task only its own card
         return torch.device("cuda", 0)
     if local_rank >= cards:
         raise UserError(
-            f"LOCAL_RANK={local_rank}, but this node shows {cards} GPUs: start at most {cards} processes a node"
+            f"LOCAL_RANK={local_rank}, but this node shows {cards} GPUs: start at most {cards} processes per node"
         )
     return torch.device("cuda", local_rank)
 

@@ -1,9 +1,10 @@
-"""The error that a user can act on, and how a program ends by an error."""
+"""Errors that a user can act on, and the end of a program by an error."""
 
 import difflib
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 
 class UserError(Exception):
@@ -19,20 +20,41 @@ class UserError(Exception):
         return printable(super().__str__())
 
 
+class SettingError(UserError):
+    """A mistake in settings, which a config, a flag and an axis of a grid each spell in their own way.
+
+    Args:
+        text: the message, with a `{}` for each setting.
+        settings: key and value of each, such as ("sample.steps", 4). The message spells them as a config does.
+    """
+
+    def __init__(self, text: str, *settings: tuple[str, Any]) -> None:
+        self.text, self.settings = text, settings
+        super().__init__(self.spelled(_as_in_a_config))
+
+    def spelled(self, spell: Callable[[str, Any], str]) -> str:
+        """The message with each setting as `spell(key, value)`."""
+        return self.text.format(*(spell(key, value) for key, value in self.settings))
+
+
+def _as_in_a_config(key: str, value: Any) -> str:
+    return f"{key}=[{','.join(map(str, value))}]" if isinstance(value, list) else f"{key}={value}"
+
+
 class PassingError(UserError):
-    """An error that may be gone when the same command starts again, such as a lost connection: job scripts retry it."""
+    """A temporary failure, such as a lost connection: job scripts start the same command again."""
 
     status = 75  # EX_TEMPFAIL
 
 
 def report(program: str, error: BaseException) -> int:
-    """Tell on stderr what ended `program`, and give the exit status: one line for what the user can act on."""
+    """Report on stderr the error that ended `program`, in one line where the user can act on it; the exit status."""
     if isinstance(error, UserError):
         if not error.elsewhere:
             print(f"{program}: {error}", file=sys.stderr)
         return error.status
     if isinstance(error, KeyboardInterrupt):
-        print(f"{program}: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        print(f"{program}: interrupted; the same command resumes where it stopped", file=sys.stderr)
         return 130
     traceback.print_exception(error)
     return 1
@@ -45,5 +67,5 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters and lone surrogates written as escapes: names may hold anything."""
+    """`text` with control characters and lone surrogates as escapes, since names of files may hold anything."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

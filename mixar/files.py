@@ -32,6 +32,21 @@ def try_writing(folder: str | Path) -> Path:
         raise OSError(error.errno, error.strerror, str(nearest)) from None
 
 
+def check_writable(file: Path) -> None:
+    """Find out whether `file` can be written, before hours are spent on what goes into it. Leaves nothing behind.
+
+    Raises:
+        UserError: it cannot, or a folder has its name.
+    """
+    try:
+        try_writing(file.parent)
+        taken = file.is_dir()
+    except OSError as error:
+        raise UserError(f"cannot write {file} ({error.strerror}): choose a folder that you may write to") from None
+    if taken:
+        raise UserError(f"cannot write {file}, which is a folder: name a file")
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """The name of a file to write beside `path`, which takes its place when the block ends without an error.

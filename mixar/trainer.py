@@ -225,7 +225,7 @@ class _Task:
     def loss(self, model: nn.Module, batch: Batch, epoch: float) -> tuple[Tensor, Scalars]:
         # what torch itself draws, in the prior's training and in the attention kernels of GPUs, is a function of the
         # micro-batch, whichever rank it falls to; all else is one of the image
-        first = torch.tensor(batch.places[:1])
+        first = torch.tensor(batch.host_index[:1])
         torch.manual_seed(int(draws.bits(self.seed, Stream.DROPOUT, first, 1).item()))
         return self.objective.loss(model, batch, epoch)
 

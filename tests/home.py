@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 
 from mixar.codecs import VAE, Tokenizer, load_tokenizer, load_vae
-from mixar.config import load_config, to_dict
+from mixar.config import Config, load_config, to_dict, to_yaml
 from mixar.data.images import open_images
 from mixar.data.shards import prepare
 from mixar.prior import Prior
-from mixar.weights import write_export
+from mixar.weights import read_export, write_export
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = """
@@ -39,18 +39,26 @@ sample: {{steps: 2, diffusion_steps: "4", prior_steps: 2}}
 """
 
 
-def make_home(root: Path) -> Path:
-    """64 images of two classes, codecs and a prior with random weights, shards, and the config of a run of 10 steps."""
+def make_sources(root: Path, *overrides: str) -> Config:
+    """64 images of two classes, codecs and a prior with random weights, and the config of a run of 10 steps."""
     rng = np.random.default_rng(0)
     for i in range(64):
         path = root / "images" / "ab"[i % 2] / f"{i:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(path)
     (root / "config.yaml").write_text(CONFIG.format(root=root))
-    cfg = load_config(root / "config.yaml")
+    cfg = load_config(root / "config.yaml", list(overrides))
+    if overrides:
+        (root / "config.yaml").write_text(to_yaml(cfg))
     torch.manual_seed(0)
     for kind, network in (("vae", VAE(cfg.vae)), ("tokenizer", Tokenizer(cfg.tokenizer)), ("prior", Prior(cfg.prior))):
         write_export(root / kind, kind, to_dict(getattr(cfg, kind)) | {"weights": None}, network.state_dict())
+    return cfg
+
+
+def make_home(root: Path) -> Path:
+    """The sources, and shards of them."""
+    cfg = make_sources(root)
     prepare(cfg, open_images(cfg.data), load_vae(cfg.vae), load_tokenizer(cfg.tokenizer), "cpu", progress=False)
     return root
 
@@ -64,6 +72,12 @@ def records(run: Path) -> list[dict]:
     """What a run logged, without a last line that is being written."""
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def exported_weights(run: Path) -> dict[str, torch.Tensor]:
+    """The weights in the only export of a run."""
+    (export,) = (run / "exports").iterdir()
+    return read_export(export, "mixar")[1]
 
 
 def free_port() -> int:

@@ -60,13 +60,13 @@ def test_each_launcher_s_place_is_found(find, environment, launcher, place) -> N
     [
         ({"RANK": "0", "WORLD_SIZE": "2"}, "no LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
         ({"RANK": "0"}, "no WORLD_SIZE"),
-        (TORCHRUN | {"RANK": "eight"}, "RANK=eight is no number"),
+        (TORCHRUN | {"RANK": "eight"}, "RANK=eight is not a number"),
         (TORCHRUN | {"RANK": "8"}, "contradict each other"),
         (TORCHRUN | {"LOCAL_WORLD_SIZE": "3"}, "contradict each other"),
-        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "9,7"}, "nodes must hold equally many"),
-        ({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "8"}, "OMPI_COMM_WORLD_SIZE=8 tell of mpirun"),
-        (SRUN | {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "8"}, "tell of mpirun"),  # its daemons are srun's
-        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "PMI_SIZE=2 tell of mpirun"),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "9,7"}, "nodes need equal numbers"),
+        ({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "8"}, "OMPI_COMM_WORLD_SIZE=8 come from mpirun"),
+        (SRUN | {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "8"}, "from mpirun"),  # its daemons are srun's
+        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "PMI_SIZE=2 come from mpirun"),
     ],
 )
 def test_a_half_set_environment_ends_with_a_sentence(find, environment, told) -> None:

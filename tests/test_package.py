@@ -15,7 +15,8 @@ import torch
 
 from mixar.__main__ import EXTRAS
 from mixar.command_line import VERBS
-from mixar.evaluation.classifier import save_classifier, train_classifier
+from mixar.demo.classifier import train_classifier
+from mixar.evaluation.classifier import save_classifier
 
 ROOT = Path(__file__).parents[1]
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # how OpenMP's threads wait
@@ -102,9 +103,11 @@ def test_samples_and_scores_need_no_extra(bare: Run, release: Path, tmp_path: Pa
     save_classifier(tmp_path / "classifier", *train_classifier(images, labels, 3, steps=2))
     drawn = bare("sample", release, "--count", 30, "--out", "samples")
     assert drawn.returncode == 0, drawn.stderr
-    score = ("--reference", "samples", "--extractor", "classifier", "--grid", "steps=2", "--count", 20)
+    score = ("--reference", "samples", "--extractor", "classifier", "--count", 20)
     scored = bare("evaluate", release, *score)
     assert scored.returncode == 0, scored.stderr
+    grid = bare("evaluate", release, *score, "--grid", "steps=2")
+    assert grid.returncode == 2 and "matplotlib is missing: write pip install 'mixar[plot]'" in grid.stderr
     assert bare("doctor").returncode == 0
 
 

@@ -17,13 +17,15 @@ FLOORS = (
     "log resources slurm",
     "ops files",
     "config weights dist",
+    "sampling_flags",
     "command_line",
     "codecs prior mixing",
-    "model",
-    "data engine sampling metrics",
+    "data model",
+    "engine sampling metrics",
     "checkpoint evaluation objectives plan watch",
     "trainer",
     "train",
+    "demo",
     "verbs",
     "__main__",
 )
@@ -117,8 +119,8 @@ def test_no_room_hides_another_package() -> None:
 
 
 def test_sampling_needs_no_training_library() -> None:
-    libraries = ["deepspeed", "streaming", "torch_fidelity", "tensorboard"]
-    code = f"import mixar.sampling, sys; print([name for name in {libraries} if name in sys.modules])"
+    libraries = ["deepspeed", "streaming", "torch_fidelity", "tensorboard", "matplotlib"]
+    code = f"import mixar.sampling.sample_set, sys; print([name for name in {libraries} if name in sys.modules])"
     assert output("-c", code).strip() == "[]"
 
 

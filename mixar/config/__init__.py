@@ -1,6 +1,6 @@
 """Every knob once; defaults < yaml < `key=value`, checked."""
 
-from mixar.config.checks import check_sample, images_a_pass
+from mixar.config.checks import check_sample, check_sample_values, images_a_pass
 from mixar.config.inputs import check_inputs, missing_inputs
 from mixar.config.knobs import (
     ATTENTIONS,
@@ -53,6 +53,7 @@ __all__ = [
     "VAEConfig",
     "check_inputs",
     "check_sample",
+    "check_sample_values",
     "even_times",
     "images_a_pass",
     "load_config",

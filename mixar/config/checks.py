@@ -7,7 +7,7 @@ from typing import Any
 
 from mixar.config.knobs import Config, SampleConfig
 from mixar.config.respacing import RESPACINGS, respaced_steps
-from mixar.errors import UserError
+from mixar.errors import SettingError, UserError
 
 _LEVELS = 15  # of a codec, which halve the largest image to one position
 
@@ -32,29 +32,41 @@ def check_sample(sample: SampleConfig) -> None:
     """Sampling settings by themselves and together.
 
     Raises:
-        UserError: those out of range, and those that do not go together.
+        SettingError: those out of range, and those that do not go together.
+    """
+    check_sample_values(sample)
+    steps, end = sample.diffusion_steps, sample.diffusion_steps_end
+    if end is not None and not (steps.isdecimal() and int(steps) >= end):
+        raise SettingError(
+            "{} is what a count of diffusion steps falls to, not {}: write {}", ("sample.diffusion_steps_end", end),
+            ("sample.diffusion_steps", steps), ("sample.diffusion_steps", max(50, end)),
+        )  # fmt: skip
+    if sample.solver == "dpm" and (steps == "1" or end == 1):
+        raise SettingError(
+            "{} needs at least 2 diffusion steps: write {} or more",
+            ("sample.solver", "dpm"), ("sample.diffusion_steps", 2),
+        )  # fmt: skip
+    if sample.solver == "dpm" and sample.temperature != 1:
+        raise SettingError(
+            "{} scales noise, and {} adds none: write {}, or {}", ("sample.temperature", sample.temperature),
+            ("sample.solver", "dpm"), ("sample.temperature", 1), ("sample.solver", "ddpm"),
+        )  # fmt: skip
+
+
+def check_sample_values(sample: SampleConfig) -> None:
+    """Sampling settings, each by itself.
+
+    Raises:
+        SettingError: the first one that is out of range.
     """
     _check_each(sample, "sample.")
     interval = sample.guidance_interval
     if len(interval) != 2 or not interval[0] < interval[1]:
-        raise UserError(
-            f"sample.guidance_interval={interval} must be two shares of the steps, from 0 to 1 and "
-            "ascending, as in sample.guidance_interval=[0.25,1]"
-        )
+        raise SettingError(
+            "{} must be two shares of the steps, from 0 to 1 and ascending, as in {}",
+            ("sample.guidance_interval", interval), ("sample.guidance_interval", [0.25, 1]),
+        )  # fmt: skip
     respaced_steps(sample.diffusion_steps)
-    steps, end = sample.diffusion_steps, sample.diffusion_steps_end
-    if end is not None and not (steps.isdecimal() and int(steps) >= end):
-        raise UserError(
-            f"sample.diffusion_steps_end={end} is what a count of diffusion steps falls to, not "
-            f"sample.diffusion_steps={steps}: write sample.diffusion_steps={max(50, end)}"
-        )
-    if sample.solver == "dpm" and (steps == "1" or end == 1):
-        raise UserError("sample.solver=dpm needs at least 2 diffusion steps: write sample.diffusion_steps=2 or more")
-    if sample.solver == "dpm" and sample.temperature != 1:
-        raise UserError(
-            f"sample.temperature={sample.temperature} scales noise, of which sample.solver=dpm adds none: write "
-            "sample.temperature=1, or sample.solver=ddpm"
-        )
 
 
 def _check_each(section: Any, prefix: str = "") -> None:
@@ -65,22 +77,24 @@ def _check_each(section: Any, prefix: str = "") -> None:
             _check_each(value, f"{key}.")
         elif "choices" in field.metadata:
             if value not in (field.default, *field.metadata["choices"]):
-                raise UserError(f"{key}={value} is not known: write one of {', '.join(field.metadata['choices'])}")
+                raise SettingError(
+                    f"{{}} is not known: write one of {', '.join(field.metadata['choices'])}", (key, value)
+                )
         elif isinstance(value, str):
             _check_text(key, value)
         elif key not in _FOLLOWS and value is not None and not isinstance(value, bool):
             low, high = field.metadata["limits"]
             numbers = value if isinstance(value, list) else [value]
             if not all(isinstance(number, int | float) and low <= number <= high for number in numbers):
-                raise UserError(f"{key}={value} is out of range: write a value from {low} to {high}")
+                raise SettingError(f"{{}} is out of range: write a value from {low} to {high}", (key, value))
 
 
 def _check_text(key: str, text: str) -> None:
     """A path, a name or a respacing."""
     if not text.strip():
-        raise UserError(f"{key}= is empty: write {key}=<value>, or leave {key} out")
+        raise SettingError("{} is empty: write {}, or leave it out", (key, ""), (key, "<value>"))
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in text):
-        raise UserError(f"{key}={text!r} holds a control character or is not UTF-8: write another name")
+        raise SettingError("{} holds a control character or is not UTF-8: write another name", (key, repr(text)))
 
 
 def _check_values(config: Config) -> None:

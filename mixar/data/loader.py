@@ -1,4 +1,4 @@
-"""From a source of samples to an endless stream of batches that depends on the seed and the images seen alone."""
+"""An endless stream of batches from a source of samples, which depends only on the seed and the images seen."""
 
 import hashlib
 import json
@@ -31,30 +31,30 @@ __all__ = ["Batch", "ImageSource", "Loader", "PreDrawn", "ShardSource", "epoch_o
 
 
 def epoch_order(seed: int, epoch: int, shard_sizes: Sequence[int], window: int = 64) -> NDArray[np.int64]:
-    """The order of an epoch's samples, int64 [n], a permutation that is a function of the arguments alone.
+    """The order of an epoch's samples, int64 [n], a permutation that depends on the arguments alone.
 
-    Shards are shuffled, then the samples within each `window` consecutive shards: a remote set is read a window at a
-    time, and a set of at most one window is shuffled uniformly.
+    Shards are shuffled, then the samples within each window of `window` consecutive shards: a remote set is read one
+    window at a time, and a set of at most one window is shuffled uniformly.
     """
     epochs, shards, n = torch.tensor([epoch]), len(shard_sizes), sum(shard_sizes)
-    place = draws.permutation(seed, Stream.DATA_ORDER, epochs, shards)[0].numpy().argsort()
-    window_of_sample = np.repeat(place // window, shard_sizes)
+    rank = draws.permutation(seed, Stream.DATA_ORDER, epochs, shards)[0].numpy().argsort()  # of each shard
+    window_of_sample = np.repeat(rank // window, shard_sizes)
     chance = draws.bits(seed, Stream.DATA_ORDER, epochs, n, start=shards)[0].numpy()
     return np.lexsort((chance, window_of_sample))
 
 
 class Loader:
-    """This rank's micro-batches, forever. Sample g of the run is place g % n of epoch g // n, whatever the world size.
+    """This rank's micro-batches, without end. Sample g of the run is number g % n of epoch g // n at any world size.
 
-    Step s covers the samples from s * `batch` on; of these, micro-batch a of rank r is the run of `micro_batch` that
-    starts (a * `world` + r) * `micro_batch` in.
+    Step s takes the `batch` samples from s * `batch` on; of these, micro-batch a of rank r takes `micro_batch` from
+    (a * `world` + r) * `micro_batch` on.
 
     Args:
-        source: where samples come from.
-        batch: images a step, over all ranks; a multiple of `micro_batch` * `world`.
-        workers: processes that read ahead; 0 reads in this one.
-        flip: mirror each sample with chance 1/2.
-        start: images seen before: the stream goes on as if it had never stopped.
+        source: the samples.
+        batch: images per step, over all ranks; a multiple of `micro_batch` * `world`.
+        workers: processes that read ahead; with 0, this process reads.
+        flip: mirror each sample with probability 1/2.
+        start: images seen before; the stream continues there as if it had never stopped.
 
     Raises:
         UserError: pre-drawn tokens made for the other `flip`; and, while iterating, whatever the source raises.
@@ -64,11 +64,11 @@ class Loader:
         self, source: Source, seed: int, batch: int, micro_batch: int, rank: int, world: int, workers: int, flip: bool,
         start: int = 0,
     ):
-        assert batch % (micro_batch * world) == 0, "the config's check sees to it"
+        assert batch % (micro_batch * world) == 0, "the config's check ensures it"
         if source.pre_drawn_flip not in (None, flip):
             raise UserError(
                 f"the pre-drawn tokens were made with data.flip={str(source.pre_drawn_flip).lower()}: "
-                "write that, or draw them again in another folder"
+                "write that, or pre-draw again in another folder"
             )
         # the batch is a multiple of the stride, so the micro-batches of successive steps follow each other evenly
         picks = _Sampler(
@@ -91,13 +91,13 @@ class Loader:
                     yield batch
         finally:
             if workers:
-                batches._shutdown_workers()  # type: ignore[attr-defined] # what its end does, were there no error
+                batches._shutdown_workers()  # type: ignore[attr-defined] # as at its end without an error
             for worker in workers:
-                worker.kill()  # one may wait for a disk or a remote, deaf to anything milder
+                worker.kill()  # one that waits for a disk or a remote reacts to nothing milder
 
 
 class _Sampler:
-    """The picks of micro-batches that start at `first`, `first + stride`, ..., without end."""
+    """The picks of the micro-batches that start at `first`, `first + stride`, ..., without end."""
 
     def __init__(self, shard_sizes: list[int], seed: int, flip: bool, first: int, micro_batch: int, stride: int):
         self.shard_sizes, self.seed, self.flip = shard_sizes, seed, flip
@@ -116,7 +116,7 @@ class _Sampler:
 
 
 class _Reader(Dataset):
-    """A source as torch's DataLoader wants it."""
+    """A source in the form that torch's DataLoader expects."""
 
     def __init__(self, source: Source):
         self.source = source
@@ -125,16 +125,16 @@ class _Reader(Dataset):
         try:
             return self.source.read(picks)
         except UserError as error:
-            return error  # as a value: raised in a worker, it would arrive wrapped in a traceback
+            return error  # raised in a worker, it would arrive wrapped in a traceback
 
 
 class ShardSource:
-    """Moments and codes from shards that `prepare` wrote, and on demand TI-Mix's pre-drawn tokens beside them.
+    """Moments and codes from the shards of `prepare`, on request with the pre-drawn tokens for TI-Mix.
 
     Args:
-        shards: a local folder, or with `cache` any URL that streaming takes.
-        cache: a local folder of its own for each set.
-        pre_drawn: also read the set that `predraw` wrote.
+        shards: a local folder, or with `cache` any URL that streaming supports.
+        cache: a local folder; each set needs its own.
+        pre_drawn: also read the set of `predraw`.
 
     Raises:
         UserError: shards that are missing or cannot be fetched; while reading, a damaged shard.
@@ -150,26 +150,26 @@ class ShardSource:
 
     @property
     def pre_drawn_flip(self) -> bool | None:
-        """Whether odd pre-drawn variants are of the mirrored image; None without any."""
+        """Whether odd pre-drawn variants belong to the mirrored image; None without pre-drawn tokens."""
         return None if self.recipe is None else self.recipe["flip"]
 
     @property
     def digest(self) -> str:
         """16 hex digits over the names, sizes and contents of the shards, in their order."""
         files = [(shard.samples, shard.file_pairs[0][0]) for shard in self.images.dataset.shards]
-        told = json.dumps([(samples, file.basename, file.hashes) for samples, file in files])
-        return hashlib.sha256(told.encode()).hexdigest()[:16]
+        text = json.dumps([(samples, file.basename, file.hashes) for samples, file in files])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def shard_sizes(self) -> list[int]:
-        """Images of each shard."""
+        """The number of images in each shard."""
         return [shard.samples for shard in self.images.dataset.shards]
 
     def __len__(self) -> int:
         return sum(self.shard_sizes)
 
     def read(self, picks: Picks) -> Batch:
-        """The picked images, each in the flip asked for."""
+        """The picked images, mirrored where asked."""
         samples = [self.images[row] for row in picks.rows]
         return Batch(
             picks.index,
@@ -182,7 +182,7 @@ class ShardSource:
         )
 
     def _read_drawn(self, drawn: "_Shards", picks: Picks) -> PreDrawn:
-        """One variant an image and epoch, taking turns among those of its flip."""
+        """One variant per image, in each epoch the next of those with its flip."""
         samples = []
         for g, row, flip in zip(picks.index.tolist(), picks.rows, picks.flips):
             sample, turn = drawn[row], g // len(self)
@@ -196,9 +196,10 @@ class ShardSource:
 class _Shards:
     """Random access to one set of MDS shards, each checked against its hash when this process first reads it.
 
-    They are read by streaming's LocalDataset, and fetched by its downloader. Its StreamingDataset coordinates the ranks
-    of a node through shared memory, which a killed job leaves behind, other jobs collide with, and which keeps the file
-    descriptors of every dataset on the machine open; where the order is a function of the seed, none of it is needed.
+    streaming's LocalDataset reads the shards, and its downloader fetches them. Its StreamingDataset coordinates the
+    ranks of a node through shared memory, which a killed job leaves behind, which other jobs collide with, and which
+    keeps file descriptors of every dataset on the machine open. Since the order depends on the seed alone, no
+    coordination is needed.
     """
 
     def __init__(self, shards: str, cache: str | None):
@@ -220,9 +221,9 @@ class _Shards:
         if self.cache:
             fetch(self.shards, self.cache, info.basename)
         if not path.is_file() or get_hash(HASH, path.read_bytes()) != info.hashes[HASH]:
-            again = f"it is fetched again; should that not help, the remote has changed: rm -r {self.cache}"
-            mend = f"rm {path}, {again}" if self.cache else f"rm -r {path.parent}, then `mixar prepare`"
-            raise UserError(f"shard {path} is missing or damaged: {mend}")
+            again = f"it is fetched again; if that does not help, the remote has changed: rm -r {self.cache}"
+            fix = f"rm {path}, {again}" if self.cache else f"rm -r {path.parent}, then `mixar prepare`"
+            raise UserError(f"shard {path} is missing or damaged: {fix}")
 
 
 def _stack(arrays: list[NDArray]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The manifest beside a set of shards: what they were made from, and whether a run fits them."""
+"""The manifest of a set of shards: its sources and geometry, and the check that a config fits them."""
 
 import json
 import math
@@ -16,17 +16,17 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Manifest:
-    """A finished set of shards.
+    """The description of a finished set of shards.
 
     Attributes:
-        format: of the shards' columns and of this file.
-        mixar: the version that wrote it.
+        format: version of the shards' columns and of this file.
+        mixar: the version of mixar that wrote it.
         count: images, without the broken ones.
-        classes: names, and images of each in `class_counts`.
+        classes: names of the classes; `class_counts`: images of each.
         image_size: side in pixels after the `crop`.
         grid: latent cells along a side; `code_grid`: discrete tokens along a side.
         vae: fingerprint of the weights; `vae_weights`: the path they came from. Likewise `tokenizer`.
-        latent_mean: a channel, of posterior samples of the images as they are, over set and positions; so `latent_std`.
+        latent_mean: per channel, over set and positions, of posterior samples of unmirrored images; so `latent_std`.
         broken: keys of the images that could not be read.
         skipped: how many files and folders were left out of the images' folder, by reason.
     """
@@ -53,10 +53,10 @@ class Manifest:
 
 
 def read_manifest(shards: str, cache: str | None = None) -> Manifest:
-    """The manifest of the shards at `shards`; arguments as in `fetch`.
+    """The manifest of the shards at `shards`. Arguments as in `fetch`.
 
     Raises:
-        UserError: none there, a broken one, or one of another format.
+        UserError: a manifest that is missing, damaged or of another format.
     """
     path = fetch(shards, cache, MANIFEST)
     try:
@@ -72,31 +72,31 @@ def check_manifest(manifest: Manifest, config: Config) -> None:
     """Refuse a config that does not fit the shards.
 
     Raises:
-        UserError: the first mismatch, with the override to write.
+        UserError: the first mismatch, with the override that fixes it.
     """
     levels: Callable[[int], int] = lambda grid: int(math.log2(manifest.image_size // grid)) + 1
-    for what, found, wanted, mend in (
+    for what, found, wanted, fix in (
         ("image size", manifest.image_size, config.data.image_size, f"data.image_size={manifest.image_size}"),
         ("classes", len(manifest.classes), config.data.classes, f"data.classes={len(manifest.classes)}"),
         ("latent channels", manifest.latent_channels, config.vae.latent_channels,
          f"vae.latent_channels={manifest.latent_channels}"),
-        ("bits a code", manifest.code_bits, config.tokenizer.bits, f"tokenizer.bits={manifest.code_bits}"),
+        ("bits per code", manifest.code_bits, config.tokenizer.bits, f"tokenizer.bits={manifest.code_bits}"),
         ("latent grid", manifest.grid, config.vae.grid, f"vae.multipliers with {levels(manifest.grid)} entries"),
         ("code grid", manifest.code_grid, config.tokenizer.grid,
          f"tokenizer.multipliers with {levels(manifest.code_grid)} entries"),
     ):
         if found != wanted:
             raise UserError(
-                f"the shards in {config.data.shards} have {what} {found}, the config {wanted}: write {mend}, "
+                f"the shards in {config.data.shards} have {what} {found}, the config {wanted}: write {fix}, "
                 "or data.shards=FOLDER of shards that fit"
             )
 
 
 def check_pre_drawn(recipe: dict[str, Any], manifest: Manifest, config: Config) -> None:
-    """Refuse tokens that were drawn beforehand for other shards or under other settings.
+    """Refuse pre-drawn tokens that belong to other shards or other settings.
 
     Args:
-        recipe: what `mixar prepare --pre-draw` wrote beside them.
+        recipe: the file that `mixar prepare --pre-draw` wrote beside them.
 
     Raises:
         UserError: the first mismatch.
@@ -111,6 +111,6 @@ def check_pre_drawn(recipe: dict[str, Any], manifest: Manifest, config: Config) 
         if found != wanted:
             again = shlex.join(["rm", "-r", f"{config.data.shards}/ti_mix"])
             raise UserError(
-                f"TI-Mix's tokens beside {config.data.shards} were drawn with {what} {found}, now it is {wanted}: "
-                f"write what they were drawn with, or {again} and run `mixar prepare --pre-draw` again"
+                f"the pre-drawn tokens in {config.data.shards} were made with {what} {found}, now it is {wanted}: "
+                f"write the former value, or {again} and run `mixar prepare --pre-draw` again"
             )

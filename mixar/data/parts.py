@@ -1,4 +1,4 @@
-"""A set of MDS shards written in parts, so that processes share the work and an interrupted one goes on from there.
+"""A set of MDS shards written in parts, so that processes share the work and an interrupted one resumes.
 
 Layout: `part-00000/{shard.00000.mds, ..., index.json, part.json}`, ..., and a root `index.json` over all parts.
 """
@@ -21,22 +21,22 @@ from mixar.errors import PassingError, UserError
 from mixar.files import LOCKLESS, creating_folder, try_writing, write_json
 
 HASH = "xxh3_64"
-SIZE = 1024  # rows a part: all that a kill can cost; a shard of 68 MB where images are of 256 pixels
-LOCK = ".lock"  # its byte p is locked by the process that writes part p
-POLL = 1  # seconds between two looks at what others still write
+SIZE = 1024  # rows per part: the most that a kill can cost; with images of 256 pixels, a shard of 68 MB
+LOCK = ".lock"  # the process that writes part p locks byte p of it
+POLL = 1  # seconds between checks of the parts that others write
 
 Row = dict[str, Any]
 RowsOf = Callable[[Iterator[range]], Iterator[tuple[range, Iterator[Row], dict[str, Any]]]]
 
 
 def local_folder(shards: str) -> Path:
-    """The folder `shards`, which need not exist yet, before anything expensive is done for it.
+    """The folder `shards`, checked before anything expensive is done; it need not exist yet.
 
     Raises:
-        UserError: a remote, or a place that cannot be written to.
+        UserError: a remote, or a folder that cannot be written.
     """
     if ":/" in shards:
-        raise UserError(f"data.shards={shards}: shards are written to a local folder, then copied to a remote")
+        raise UserError(f"data.shards={shards}: write a local folder, and copy it to the remote")
     folder = Path(shards)
     try:
         try_writing(folder)
@@ -49,13 +49,13 @@ class Parts:
     """The parts of one set. Part p holds rows p * size to (p + 1) * size.
 
     Args:
-        folder: a local folder, created when it is missing.
-        recipe: what the rows are made from, plain values; every part remembers it.
-        rows: of the whole set, rows that turn out broken included.
-        size: rows a part; a set that is begun keeps its own.
+        folder: a local folder, created where it is missing.
+        recipe: what the rows are made from, as plain values; every part stores it.
+        rows: the number of rows of the whole set, including rows that turn out broken.
+        size: rows per part; a set that has parts keeps their size.
 
     Raises:
-        UserError: a folder that cannot be written, or one with parts of another recipe.
+        UserError: a folder that cannot be written, or that has parts of another recipe.
     """
 
     def __init__(self, folder: Path, recipe: dict[str, Any], rows: int, size: int):
@@ -69,7 +69,7 @@ class Parts:
         self.recipe = {**recipe, "part_size": self.size}
         self.names = [f"part-{part:05d}" for part in range(-(-rows // self.size))]
         self._claimed: set[int] = set()
-        self._lockless = False  # found out when a part is locked
+        self._lockless = False  # known once a part is locked
         self._waiting = False  # for other processes
         self._check_recipes(self.summaries())
 
@@ -78,20 +78,20 @@ class Parts:
         return [_read(self.folder / name / PART) for part, name in enumerate(self.names) if self._finished(part)]
 
     def todo(self) -> list[int]:
-        """The parts that are still to be written."""
+        """The parts that are not finished."""
         return [part for part in range(len(self.names)) if not self._finished(part)]
 
     def write(self, rank: int, world: int, columns: dict[str, str], rows_of: RowsOf, progress: bool) -> None:
-        """Write what is missing, beginning with each `world`-th part from `rank` on, until all is there.
+        """Write the missing parts, first every `world`-th one from `rank` on, until the set is complete.
 
         A part is written by one process at a time and appears complete or not at all. Processes share the work
-        without talking to each other: each takes what nobody is writing, then waits for what others are writing, or
-        takes that over when they die.
+        without communication: each takes parts that nobody is writing, then waits for those that others are writing,
+        and takes them over from processes that die.
 
         Args:
             columns: MDS encodings by column.
-            rows_of: of each range, itself, its rows in order, and the summary that they fill in, which is kept
-                beside them. It may ask for ranges ahead of the rows that are taken.
+            rows_of: gives for each range of rows the range, its rows in order, and a summary that is complete once
+                the rows are taken and is stored with them. It may take ranges ahead of the rows.
             progress: show a bar.
 
         Raises:
@@ -114,18 +114,18 @@ class Parts:
                 self._wait(len(others))
 
     def _claim(self, lock: IO[str], rank: int, world: int) -> Iterator[range]:
-        """The rows of each part that is nobody's, which is this process's from then on; those of `rank` first."""
+        """The row ranges of the parts that nobody writes, those of `rank` first, claimed as they are taken."""
         for part in sorted(self.todo(), key=lambda part: (part - rank) % world):
             if part in self._claimed or not self._lock(lock, part) or (self._lockless and part % world != rank):
                 continue
-            if not self._finished(part):  # by the one who held the lock
+            if not self._finished(part):  # the last holder of the lock may have finished it
                 self._claimed.add(part)
                 yield self._range(part)
 
     def _lock(self, lock: IO[str], part: int) -> bool:
-        """Whether no other process writes `part`, nor will."""
+        """Whether this process has the lock of `part`, so that no other one writes it."""
         try:
-            # a lock of the process: unlike flock's, the loader's workers do not inherit it, and it ends with a kill
+            # unlike flock's, this lock is not inherited by the loader's workers, and it ends with the process
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, part)
         except OSError as error:
             if error.errno in LOCKLESS:
@@ -137,15 +137,15 @@ class Parts:
         return True
 
     def _wait(self, others: int) -> None:
-        """Give the others some time for their parts."""
+        """Wait a moment for the parts of others."""
         if self._lockless:
             raise PassingError(
-                f"{len(self.names) - others} of {len(self.names)} parts of {self.folder} are written, the rest is left "
-                "to other ranks, since the disk has no file locks by which ranks know of each other: run the same "
-                "command again when they have ended, and never two with the same --rank"
+                f"{len(self.names) - others} of {len(self.names)} parts of {self.folder} are written, and the rest is "
+                "left to other ranks, since the disk has no file locks to coordinate them: run the same command again "
+                "when they have ended, and never two with the same --rank"
             )
         if not self._waiting:
-            tqdm.write(f"waiting for {others} parts of {self.folder} that others are writing", file=sys.stderr)
+            tqdm.write(f"waiting for {others} parts of {self.folder} that other processes are writing", file=sys.stderr)
             self._waiting = True
         time.sleep(POLL)
 
@@ -153,27 +153,27 @@ class Parts:
         self, part: int, rows: Iterator[Row], summary: dict[str, Any], columns: dict[str, str], bar: tqdm
     ) -> None:
         final = self.folder / self.names[part]
-        if final.is_dir() and not self._finished(part):  # something was taken out of it
+        if final.is_dir() and not self._finished(part):  # a file was removed from it
             shutil.rmtree(final)
-        for leftover in self.folder.glob(f".{final.name}.*"):  # of a process that was killed
+        for leftover in self.folder.glob(f".{final.name}.*"):  # left by a process that was killed
             shutil.rmtree(leftover)
         try:
             with creating_folder(final) as aside:
-                # a shard a part: unlike the end of a full one, none is small
+                # one shard per part: size limits would leave a small shard at each end
                 with MDSWriter(columns=columns, out=str(aside), hashes=[HASH], size_limit=None) as writer:
                     for row in rows:
                         writer.write(row)
                         bar.update()
                 write_json(aside / PART, {"recipe": self.recipe, "parts": len(self.names), **summary})
         except UserError:
-            # a disk over a network may show late what another process has finished
+            # a network disk may show late what another process has finished
             if not self._finished(part):
                 raise
 
     def close(self) -> list[dict[str, Any]]:
-        """Write the root index over all parts, which are finished, and return their summaries.
+        """Write the root index over all parts, which must be finished, and return their summaries.
 
-        streaming's own merge_index would also take in the sets that lie below this folder, and is not atomic.
+        streaming's own merge_index would include other sets below this folder, and is not atomic.
         """
         summaries, shards = self.summaries(), []
         self._check_recipes(summaries)
@@ -191,7 +191,7 @@ class Parts:
         return range(part * self.size, min((part + 1) * self.size, self.rows))
 
     def _check_recipes(self, summaries: list[dict[str, Any]]) -> None:
-        # a finished set may lack what later versions note down
+        # a finished set may lack entries that later versions record
         unnoted = self.recipe if len(summaries) == len(self.names) else {}
         for found in ({**unnoted, **summary["recipe"]} for summary in summaries):
             if found != self.recipe:
@@ -211,6 +211,6 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _unwritable(folder: Path, reason: str | None) -> UserError:
     return UserError(
-        f"cannot write shards to {folder} ({reason}): write data.shards=FOLDER of a disk with room, "
-        "or make room, and the same command goes on where this one stopped"
+        f"cannot write shards to {folder} ({reason}): write data.shards=FOLDER on a disk with space, "
+        "or free some, and the same command resumes where this one stopped"
     )

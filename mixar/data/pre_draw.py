@@ -1,4 +1,4 @@
-"""TI-Mix's offline variant: the prior's tokens drawn once, in a set of shards beside the images' own, row for row."""
+"""Pre-drawn tokens for TI-Mix: the prior's tokens drawn once, in shards of their own, one row per image."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -23,7 +23,7 @@ from mixar.prior import Prior, fill
 from mixar.weights import fingerprint
 
 PRE_DRAWN = "ti_mix"  # the folder below the shards
-RECIPE = "pre_drawn.json"  # written last: with it, the set is complete
+RECIPE = "pre_drawn.json"  # written last: its presence makes the set complete
 BATCH = 64  # images whose variants go through the prior together
 ORDER_DTYPE = "uint16"  # grids of up to 256 x 256
 
@@ -39,11 +39,12 @@ def predraw(
 ) -> None:
     """Draw `ti_mix.variants` pairs of a mask and x̂_d (Eqs. 10-11) for every image of `cfg.data.shards`.
 
-    A row holds `order` [V, N], `count` [V], of which the first are masked, and `drawn` [V, N]. With `data.flip`, odd
-    variants are of the mirrored image. Every draw is keyed by its row and variant. Ranks and resumption: as `prepare`.
+    A row holds `order` [V, N], of which the first `count` [V] positions are masked, and `drawn` [V, N]. With
+    `data.flip`, odd variants belong to the mirrored image. Every draw is keyed by its row and variant. Ranks share the
+    work and resume as in `prepare`.
 
     Raises:
-        UserError: shards that are missing or cannot be written; what `check_pre_draw` refuses.
+        UserError: shards that are missing or cannot be written, or that `check_pre_draw` refuses.
         PassingError: as `prepare`.
     """
     settings, manifest = cfg.ti_mix, read_manifest(cfg.data.shards)
@@ -68,8 +69,8 @@ def predraw(
     rows = partial(_rows, cfg, prior.to(device), LocalDataset(cfg.data.shards))
 
     def rows_of(ranges: Iterator[range]) -> Iterator[tuple[range, Iterator[Row], dict[str, Any]]]:
-        for places in ranges:
-            yield places, rows(places), {}
+        for indices in ranges:
+            yield indices, rows(indices), {}
 
     parts.write(rank, world, columns, rows_of, progress and rank == 0)
     parts.close()
@@ -77,29 +78,29 @@ def predraw(
 
 
 def check_pre_draw(cfg: Config, prior: Prior, manifest: Manifest) -> None:
-    """Refuse shards, made or to be made, for which `prior` cannot draw.
+    """Refuse shards, made or planned, for which `prior` cannot draw tokens.
 
     Raises:
-        UserError: shards that do not fit the config or the prior; an odd number of variants where both flips need some.
+        UserError: shards that do not fit the config or the prior, or an odd number of variants for two flips.
     """
     variants = cfg.ti_mix.variants
     if cfg.data.flip and variants % 2:
-        raise UserError(f"ti_mix.variants={variants} leaves the flips unequal shares: "
+        raise UserError(f"ti_mix.variants={variants} does not divide between the two flips: "
                         f"write ti_mix.variants={variants + 1}, or data.flip=false")
     check_manifest(manifest, cfg)
     known = {"bits": prior.config.bits, "grid": prior.config.grid, "classes": prior.config.classes}
     found = {"bits": manifest.code_bits, "grid": manifest.code_grid, "classes": len(manifest.classes)}
     if known != found:
-        raise UserError(f"the prior is for {known}, the shards have {found}: write prior.weights=<a prior for these>")
+        raise UserError(f"the prior has {known}, the shards {found}: write prior.weights=<a prior for these>")
 
 
 @torch.inference_mode()
-def _rows(cfg: Config, prior: Prior, dataset: LocalDataset, places: range) -> Iterator[Row]:
-    """The rows at `places`; the key of variant v of row i is i V + v."""
+def _rows(cfg: Config, prior: Prior, dataset: LocalDataset, indices: range) -> Iterator[Row]:
+    """The rows at `indices`; variant v of row i draws with the key i V + v."""
     variants, n, device = cfg.ti_mix.variants, prior.config.grid**2, next(prior.parameters()).device
     dtype = code_dtype(prior.config.bits)
-    for start in range(places.start, places.stop, BATCH):
-        rows = torch.arange(start, min(start + BATCH, places.stop))
+    for start in range(indices.start, indices.stop, BATCH):
+        rows = torch.arange(start, min(start + BATCH, indices.stop))
         images = [dataset[int(row)] for row in rows]
         index = (rows[:, None] * variants + torch.arange(variants)).flatten().to(device)
         flips = [v % 2 if cfg.data.flip else 0 for v in range(variants)]

@@ -1,4 +1,4 @@
-"""The files of a set of shards, on this machine or at a remote, each fetched once into a cache."""
+"""The files of a set of shards, local or at a remote, each fetched once into a cache."""
 
 import json
 import shlex
@@ -13,25 +13,26 @@ from mixar.files import replacing
 from mixar.log import log
 
 MANIFEST = "manifest.json"
-PART = "part.json"  # in each part of a set, finished or not
-WAITS = (1, 4, 16, 60)  # seconds between the tries of a remote that has answered before
+PART = "part.json"  # in each part, whether the whole set is finished or not
+WAITS = (1, 4, 16, 60)  # seconds between attempts at a remote that has answered before
 
 
 def fetch(shards: str, cache: str | None, name: str) -> Path:
     """The local path of file `name` of a set; with a cache, the file is downloaded into it first.
 
-    A remote that has answered before is asked again for a while when it fails, since a run should outlive an outage.
-    The file lock holds between the ranks and workers of a node and between unrelated jobs, and ends with its holder.
+    A remote that has answered before is tried again for a while, since a run should survive an outage. The file lock
+    holds between the ranks and workers of a node and between unrelated jobs, and ends with the process that holds it.
 
     Args:
-        shards: a local folder, or with `cache` any URL that streaming takes.
-        cache: a local folder of its own for each set.
+        shards: a local folder, or with `cache` any URL that streaming supports.
+        cache: a local folder; each set needs its own.
 
     Raises:
-        UserError: a URL without a cache, a file that is missing; PassingError: one that cannot be fetched.
+        UserError: a URL without a cache, or a missing file.
+        PassingError: a file that cannot be fetched.
     """
     if cache is None and ":/" in shards:
-        raise UserError(f"data.shards={shards} is remote: write data.cache=FOLDER, where shards are kept once read")
+        raise UserError(f"data.shards={shards} is remote: write data.cache=FOLDER to keep what was read")
     path = Path(cache or shards, name)
     if path.is_file():
         return path
@@ -48,32 +49,32 @@ def fetch(shards: str, cache: str | None, name: str) -> Path:
                     with replacing(path) as aside:
                         _download(shards, name, aside)
             return path
-        except Exception as error:  # each kind of storage fails with errors of its own
-            told = f"cannot fetch {shards.rstrip('/')}/{name} to {path} ({error})"
+        except Exception as error:  # each kind of storage has its own errors
+            failed = f"cannot fetch {shards.rstrip('/')}/{name} to {path} ({error})"
             if not waits:
-                raise PassingError(f"{told}: check data.shards and data.cache") from None
-            log.warning("%s, trying again in %g s", told, waits[0])
+                raise PassingError(f"{failed}: check data.shards and data.cache") from None
+            log.warning("%s, trying again in %g s", failed, waits[0])
             time.sleep(waits.pop(0))
 
 
 def _progress(folder: Path, verb: str) -> str:
-    """How far `verb` got with the set in `folder`; empty where it wrote nothing."""
+    """The progress of `verb` with the set in `folder`; empty where it wrote nothing."""
     if not (written := sorted(folder.glob(f"part-*/{PART}"))):
         return ""
     whole = json.loads(written[0].read_text()).get("parts", "more")
-    return f"{len(written)} of {whole} parts are written, run {verb} again as before for the rest"
+    return f"{len(written)} of {whole} parts are written, run {verb} again with the same arguments for the rest"
 
 
 def _download(shards: str, name: str, to: Path) -> None:
-    from streaming.base.storage import CloudDownloader  # takes seconds to import, and only remote files need it here
+    from streaming.base.storage import CloudDownloader  # takes seconds to import, and only remote files need it
 
     CloudDownloader.direct_download(f"{shards.removeprefix('file://').rstrip('/')}/{name}", str(to))
 
 
 def check_cache(shards: str, cache: str | None) -> None:
-    """Refuse a cache of a remote set that was made anew since.
+    """Refuse the cache of a remote set that has been made again since.
 
-    A remote that cannot be asked now is taken as unchanged: the cache may hold all that is needed.
+    A remote that does not answer is taken as unchanged, since the cache may hold everything that is needed.
 
     Raises:
         UserError: the remote's index differs from the cached one.
@@ -84,10 +85,10 @@ def check_cache(shards: str, cache: str | None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         try:
             _download(shards, kept.name, Path(folder, kept.name))
-        except Exception as error:  # each kind of storage fails with errors of its own
+        except Exception as error:  # each kind of storage has its own errors
             log.warning("%s cannot be compared with its cache (%s)", shards, error)
             return
         if Path(folder, kept.name).read_bytes() != kept.read_bytes():
             raise UserError(
-                f"{shards} was made anew since it was cached: rm -r {shlex.quote(cache)}, then it is fetched again"
+                f"{shards} was made again since it was cached: rm -r {shlex.quote(cache)}, then it is fetched again"
             )

@@ -1,4 +1,4 @@
-"""Images to shards: latent moments and discrete tokens of both flips, written once so that training runs no codec."""
+"""Images to shards: latent moments and discrete tokens of both flips, so that training runs no codec."""
 
 import signal
 import sys
@@ -36,7 +36,7 @@ from mixar.weights import fingerprint
 
 __all__ = ["Manifest", "check_manifest", "planned_manifest", "prepare", "read_manifest", "verify"]
 
-BATCH = 32  # images encoded at once, each in both flips
+BATCH = 32  # images encoded together, each in both flips
 
 
 def prepare(
@@ -50,21 +50,21 @@ def prepare(
     progress: bool = True,
     part_size: int = SIZE,
 ) -> Manifest:
-    """Encode `images` into MDS shards at `cfg.data.shards`; called again, it goes on where it stopped.
+    """Encode `images` into MDS shards at `cfg.data.shards`; when called again, it resumes.
 
-    A row is an image: `moments` float16 [2, 2C, h, w] and `codes` [2, N], plain and mirrored, `label` and `key`.
-    Ranks need no process group: each begins with its own parts, takes what else is missing, and returns when the set
-    is complete.
+    One row per image: `moments` float16 [2, 2C, h, w] and `codes` [2, N], plain and mirrored, `label` and `key`.
+    Ranks need no process group: each starts with its own parts, takes others that are missing, and returns when the
+    set is complete.
 
     Args:
         vae: frozen, in eval mode; it is moved to `device`. Likewise `tokenizer`.
         progress: show a bar on rank 0.
-        part_size: images a part, the unit of resumption.
+        part_size: images per part, the unit of resumption.
 
     Raises:
-        UserError: a target that is remote, unwritable or holds shards made from something else; more broken images than
-            `data.max_broken` allows; latents that are not finite.
-        PassingError: on a disk without locks, parts of other ranks are missing.
+        UserError: a target that is remote, cannot be written or holds shards made from something else; more broken
+            images than `data.max_broken` allows; latents that are not finite.
+        PassingError: missing parts of other ranks, on a disk without locks.
     """
     folder = local_folder(cfg.data.shards)
     planned = planned_manifest(cfg, images, vae, tokenizer)
@@ -94,7 +94,7 @@ def prepare(
 
 
 def planned_manifest(cfg: Config, images: ImageSet, vae: VAE, tokenizer: Tokenizer) -> Manifest:
-    """What is known of a set before it is made: all but counts and statistics."""
+    """The manifest of a set before it is made: all but counts and statistics."""
     grid, code_grid = (cfg.data.image_size >> (len(codec.config.multipliers) - 1) for codec in (vae, tokenizer))
     return Manifest(
         format=FORMAT,
@@ -120,9 +120,9 @@ def planned_manifest(cfg: Config, images: ImageSet, vae: VAE, tokenizer: Tokeniz
 
 
 def _measured(planned: Manifest, summaries: list[dict[str, Any]]) -> Manifest:
-    """The manifest of the whole set from the summaries of all parts."""
+    """The manifest of a finished set, from the summaries of all parts."""
     counts = np.sum([part["class_counts"] for part in summaries], axis=0)
-    # summed in the order of the parts, so that no digit depends on who wrote them
+    # summed in the order of the parts, so that no digit depends on which rank wrote them
     sums = np.sum([[part["sum"], part["squares"]] for part in summaries], axis=0)
     mean, square = sums / (counts.sum() * planned.grid**2)
     return replace(
@@ -146,13 +146,13 @@ def check_broken(cfg: Config, images: ImageSet, broken: list[str]) -> None:
 
 
 class _Encoder:
-    """Rows of shards from images, and the sums over them that the manifest needs."""
+    """Encodes images into rows of shards, and sums up what the manifest needs."""
 
     def __init__(
         self, cfg: Config, images: ImageSet, planned: Manifest, vae: VAE, tokenizer: Tokenizer, device: Any
     ):
         self.cfg, self.images, self.vae, self.tokenizer, self.device = cfg, images, vae, tokenizer, device
-        self.broken: list[str] = []  # keys, of all parts so far
+        self.broken: list[str] = []  # keys in all parts so far
         self.code_dtype = code_dtype(planned.code_bits)
         self.columns = {
             "moments": f"ndarray:float16:2,{2 * planned.latent_channels},{planned.grid},{planned.grid}",
@@ -162,7 +162,7 @@ class _Encoder:
         }
 
     def rows_of(self, ranges: Iterator[range]) -> Iterator[tuple[range, Iterator[Row], dict[str, Any]]]:
-        """The rows of the readable images of each range; their summary is complete when they are all taken."""
+        """The rows of the readable images of each range, and a summary that is complete once all rows are taken."""
         ranges, ahead = tee(ranges)
         batches = self._read(ahead)
         for indices in ranges:
@@ -170,12 +170,12 @@ class _Encoder:
             yield indices, self._rows(islice(batches, -(-len(indices) // BATCH)), summary), summary
 
     def _read(self, ranges: Iterator[range]) -> Iterator[list[Any]]:
-        """Batches of items, none across two ranges, read ahead by one set of workers."""
+        """Batches of items, none across two ranges, which one set of workers reads ahead."""
         batches = (list(rows[first : first + BATCH]) for rows in ranges for first in range(0, len(rows), BATCH))
         items = _Tolerant(ImageSource(self.images, self.cfg.data.image_size))
         loader = DataLoader(items, batch_sampler=batches, num_workers=self.cfg.data.workers, collate_fn=list)
         others = active_children()
-        with _unheard_by_workers():
+        with _signals_delayed():
             read = iter(loader)
         with watching([process for process in active_children() if process not in others]):
             yield from read
@@ -223,7 +223,7 @@ class _Encoder:
 
 
 class _Tolerant(Dataset):
-    """Items of an image source; a broken image is the pair of its error and its key."""
+    """Items of an image source; for a broken image, its error and its key."""
 
     def __init__(self, source: ImageSource):
         self.source = source
@@ -236,10 +236,10 @@ class _Tolerant(Dataset):
 
 
 @contextmanager
-def _unheard_by_workers() -> Iterator[None]:
-    """What asks the whole group for an end never reaches the workers that start meanwhile, and waits until they did."""
+def _signals_delayed() -> Iterator[None]:
+    """Delay the signals that ask for an end until the block is over; workers that start in it never get them."""
     came: list[int] = []
-    # torch's own threads hear what this one holds back
+    # torch's own threads receive what this one holds back
     handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in STOPPING}
     try:
         with held_back():
@@ -252,7 +252,7 @@ def _unheard_by_workers() -> Iterator[None]:
 
 
 def code_dtype(bits: int) -> str:
-    """The smallest dtype for ids of so many bits that MDS and torch share."""
+    """The smallest dtype for ids of `bits` bits that MDS and torch have in common."""
     return "uint16" if bits <= 16 else "int32"
 
 
@@ -262,13 +262,13 @@ def _joined(key: str, parts: list[dict[str, Any]]) -> list[Any]:
 
 @torch.inference_mode()
 def verify(shards: str, vae: VAE, tokenizer: Tokenizer, out_png: str | Path, count: int = 16) -> None:
-    """Decode `count` images spread over a local set to a PNG, to see with one's own eyes that it holds what it should.
+    """Decode `count` images spread over a local set to a PNG, for a visual check.
 
-    Rows: the VAE's mean decoded, the same of the mirrored image, the tokenizer's codes decoded.
+    Rows: the decoded mean of the VAE, the same for the mirrored image, and the decoded codes of the tokenizer.
     """
     dataset = LocalDataset(shards)
-    places = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)
-    rows = [dataset[int(place)] for place in places]
+    spread = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).round().astype(int)
+    rows = [dataset[int(index)] for index in spread]
     device = next(vae.parameters()).device
     moments = torch.from_numpy(np.stack([row["moments"] for row in rows])).to(device)
     codes = torch.from_numpy(np.stack([row["codes"][0].astype(np.int64) for row in rows])).to(device)

@@ -1,4 +1,4 @@
-"""What `prepare` would make of a set of images, told from their headers before hours are spent."""
+"""A preview of what `prepare` would make of a set of images, from their headers."""
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -13,13 +13,13 @@ from mixar.data.image_set import ImageSet
 from mixar.data.pixels import FORMATS, orientation
 from mixar.errors import printable
 
-THREADS = 16  # that wait for a disk
+THREADS = 16  # they wait for the disk
 
 
 def survey(images: ImageSet, config: DataConfig) -> str:
-    """Classes with their counts, sizes, modes, and what would be skipped, as lines of text.
+    """Classes with their counts, sizes, modes, and images that would be skipped, as lines of text.
 
-    Only headers are read: a file that is torn further in is found when it is decoded.
+    Only headers are read: a file that is damaged further on is found when it is decoded.
     """
     with ThreadPoolExecutor(THREADS) as pool:
         headers = list(pool.map(_header, images.items))
@@ -38,13 +38,13 @@ def survey(images: ImageSet, config: DataConfig) -> str:
         lines += [
             f"sizes: {smallest} to {largest}, {small} to be enlarged to data.image_size={config.image_size}",
             "modes: " + ", ".join(f"{count} {mode}" for mode, count in Counter(modes).most_common()),
-            f"turned by their EXIF: {sum(turned)}; laid over white, since transparent: {sum(clear)}",
+            f"turned by their EXIF: {sum(turned)}; transparent, laid over white: {sum(clear)}",
         ]
     lines += [images.left_out() or "nothing is left out"]
     if broken:
         lines += [printable(f"{len(broken)} cannot be read and would be skipped: {', '.join(broken[:5])}")]
     if len(broken) > config.max_broken * len(images):
-        lines += [f"that is more than data.max_broken={config.max_broken:g} of the set allows: prepare would stop"]
+        lines += [f"that is more than data.max_broken={config.max_broken:g} of the set: prepare would stop"]
     return "\n".join(lines)
 
 
@@ -58,7 +58,7 @@ def _header(item: Path | NDArray[np.uint8]) -> tuple[str, tuple[int, int], bool,
         return "L" if item.ndim == 2 else "RGB", (item.shape[1], item.shape[0]), False, False
     try:
         with Image.open(item, formats=FORMATS) as image:
-            shown = image.format != "PNG" or "exif" in image.info  # else Pillow decodes it all to look for it
+            shown = image.format != "PNG" or "exif" in image.info  # else Pillow decodes the image to find it
             return image.mode, image.size, shown and orientation(image) != 1, image.has_transparency_data
-    except Exception as error:  # on forged files, decoders raise of every kind
+    except Exception as error:  # on forged files, decoders raise errors of all kinds
         return str(error) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Scores of images against a reference, and the receipt that says how they were measured."""
+"""Scores of images against a reference, with a receipt of how they were measured."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -26,14 +26,14 @@ def evaluate(
     reconstructions: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Score `samples` against `reference`. With reconstructions and their originals, the distance is the rFID.
+    """Score `samples` against `reference`. Of reconstructions and their originals, the distance is an rFID.
 
     Args:
         samples: batches uint8 [B, 3, H, W].
-        reference: such batches, or what was made of them before; from `Statistics` no precision and recall come.
-        labels: int [n], what the samples were drawn as. With an extractor that knows the set's classes they give
+        reference: such batches, or their features or statistics; `Statistics` give no precision and recall.
+        labels: int [n], the classes of the samples. With an extractor that knows the set's classes they give
             `accuracy`, the share of samples classified as their label.
-        reconstructions: name the distance as one.
+        reconstructions: the samples are reconstructions of the reference; the name of the distance says so.
         progress: show bars.
 
     Returns:
@@ -42,11 +42,11 @@ def evaluate(
         `extractor` {label, description}.
 
     Raises:
-        UserError: too few images, features of different extractors, another number of labels than of samples.
+        UserError: too few images, features of different extractors, or unequal numbers of labels and samples.
     """
     seen = accumulate(samples, extractor, "samples" if progress else None)
     if labels is not None and len(labels) != seen.n:
-        raise UserError(f"{len(labels)} labels were given for {seen.n} samples: give one label a sample")
+        raise UserError(f"{len(labels)} labels were given for {seen.n} samples: give one label per sample")
     if not isinstance(reference, Features | Statistics):
         reference = accumulate(reference, extractor, "reference" if progress else None)
     known = reference if isinstance(reference, Statistics) else reference.statistics()

@@ -1,4 +1,4 @@
-"""Feature extractors of torch-fidelity: its InceptionV3, and a classifier of one's own from an export folder."""
+"""Feature extractors for torch-fidelity: its InceptionV3, and a classifier from an export folder."""
 
 import hashlib
 import pickle
@@ -24,10 +24,10 @@ CLASSIFIER = "mixar-classifier"
 
 
 class ClassifierExtractor(FeatureExtractorBase):
-    """A `Classifier` as torch-fidelity sees it; `feature_extractor_weights_path` is its export folder.
+    """A `Classifier` in torch-fidelity's form; `feature_extractor_weights_path` is its export folder.
 
     Raises:
-        UserError: no classifier's export there; images of another size than the classifier was trained on.
+        UserError: no export of a classifier there, or images of another size than in its training.
     """
 
     def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str, **_):
@@ -61,18 +61,18 @@ register_feature_extractor(CLASSIFIER, ClassifierExtractor)
 
 @dataclass(frozen=True)
 class Extractor:
-    """A feature extractor of torch-fidelity on its device, and the name under which its scores may be compared."""
+    """A feature extractor of torch-fidelity on its device, and the label under which its scores are comparable."""
 
     label: str  # INCEPTION for the published weights only
     description: str
-    classes: int | None  # of its logits, where these are the labels of the scored set
+    classes: int | None  # of its logits, where they are the labels of the scored set
     network: FeatureExtractorBase
     device: torch.device
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features [B, F] and logits [B, K], float32 on the CPU, of images uint8 [B, 3, H, W]."""
-        # TF32 would move an FID by more than the margins that papers compare
+        # TF32 would change an FID by more than the differences between papers
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             features, logits = self.network(images.to(self.device))
         return features.cpu(), logits.cpu()
@@ -82,11 +82,11 @@ def make_extractor(spec: str, device: torch.device | str = "cpu") -> Extractor:
     """The extractor that `spec` names.
 
     Args:
-        spec: `inception`, with the weights in torch's hub cache or downloaded into it; `inception=PATH` with the
-            weights in a file; or the folder of a classifier's export.
+        spec: `inception`, with weights from torch's hub cache, downloaded where they are missing; `inception=PATH`,
+            with weights from a file; or the folder of a classifier's export.
 
     Raises:
-        UserError: the weights cannot be had, or are not what `spec` says.
+        UserError: weights that cannot be found, or that do not belong to the extractor.
     """
     if spec == "inception":
         return _inception(_hub_weights(), torch.device(device))
@@ -115,8 +115,8 @@ def _create(name: str, weights: str, device: torch.device) -> FeatureExtractorBa
 
 def _inception(weights: Path, device: torch.device) -> Extractor:
     if not weights.is_file():
-        raise UserError(f"no Inception weights at {weights}: download {URL_INCEPTION_V3} to there")
-    read_state(weights)  # torch-fidelity reads a full pickle, which may run code: see first that it holds tensors only
+        raise UserError(f"no Inception weights at {weights}: download {URL_INCEPTION_V3} to this path")
+    read_state(weights)  # refuses code in the file, which torch-fidelity, reading full pickles, would run
     try:
         network = _create(INCEPTION, str(weights), device)
     except (RuntimeError, pickle.UnpicklingError):
@@ -133,18 +133,18 @@ def _inception(weights: Path, device: torch.device) -> Extractor:
 
 
 def _hub_weights() -> Path:
-    """Where torch-fidelity keeps Inception's weights, downloaded if they are not there."""
+    """The path of Inception's weights in torch's hub cache, downloaded where they are missing."""
     path = Path(torch.hub.get_dir(), "checkpoints", Path(URL_INCEPTION_V3).name)
     if not path.is_file():
         timeout = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(10)  # behind a firewall that answers nothing, the download would wait for ever
+        socket.setdefaulttimeout(10)  # behind a firewall without answers, the download would wait forever
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=INCEPTION_SHA256)
         except (OSError, RuntimeError) as error:
             raise UserError(
-                f"Inception's weights are not at {path}, and their download failed ({error}): bring {URL_INCEPTION_V3} "
-                "to that place, or to any other and write `inception=PATH` for the extractor; or name the folder of a "
+                f"Inception's weights are not at {path}, and their download failed ({error}): copy {URL_INCEPTION_V3} "
+                "to that path, or to another and write `inception=PATH` for the extractor; or name the folder of a "
                 "classifier to score in its feature space"
             ) from None
         finally:

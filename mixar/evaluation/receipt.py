@@ -1,4 +1,4 @@
-"""What a score is called, and the receipt from which it can be measured again."""
+"""The names of scores, and the receipt by which a score can be measured again."""
 
 import platform
 from dataclasses import asdict, dataclass, field
@@ -11,14 +11,14 @@ import mixar
 from mixar.evaluation.extractors import INCEPTION
 from mixar.files import write_json
 
-FID_IMAGES = 50_000  # the number of samples that FIDs in papers are of
+FID_IMAGES = 50_000  # the usual number of samples of an FID in papers
 
 
 def distance_name(label: str, n: int, reconstructions: bool = False) -> str:
-    """The only name that a Fréchet distance of `n` samples may bear, by the `label` of its extractor.
+    """The name of a Fréchet distance of `n` samples, from the `label` of its extractor.
 
-    `FID` is of Inception and 50,000 samples, `FID-10k` of Inception and fewer, `FD-<label>` of any other extractor;
-    a leading `r` marks images reconstructed from the reference.
+    `FID` needs Inception and 50,000 samples; `FID-10k` is Inception with fewer, `FD-<label>` any other extractor. A
+    leading `r` marks reconstructions of the reference.
     """
     prefix = "r" if reconstructions else ""
     if label != INCEPTION:
@@ -33,22 +33,22 @@ def score_name(label: str) -> str:
 
 @dataclass
 class Provenance:
-    """How the scored images came to be. What is not known stays None, and the receipt says null."""
+    """The origin of the scored images. Unknown values are None, and null in the receipt."""
 
-    samples: str  # where they were read from, or the run or export that drew them
+    samples: str  # the folder or file, or the run or export that made them
     reference: str
     sampling: dict[str, Any] | None = None  # guidance, schedules, temperature, steps: the config's `sample` section
-    seeds: tuple[int, int] | None = None  # of the first and the last image, one seed an image
+    seeds: tuple[int, int] | None = None  # of the first and the last image, one seed per image
     weights: dict[str, str] = field(default_factory=dict)  # fingerprint by network: model, vae, prior, tokenizer
     crop: str | None = None  # of the reference's images
-    dtype: str | None = None  # in which the samples were drawn
+    dtype: str | None = None  # of the sampling
 
 
 def write_receipt(path: str | Path, scores: dict[str, Any], provenance: Provenance) -> None:
-    """Write what `evaluate` measured, on what, with what and when, as JSON, whole or not at all.
+    """Write the scores of `evaluate` with their provenance, the versions of the software and the date as JSON.
 
     Raises:
-        UserError: nothing can be written there.
+        UserError: `path` cannot be written.
     """
     versions = {name: version(name) for name in ("torch", "torch-fidelity", "numpy")}
     receipt = {

@@ -88,7 +88,7 @@ class MixARObjective:
         if batch.drawn is not None:
             counts, order = batch.drawn.count, batch.drawn.order
         else:
-            counts = masked_counts(cfg.mask, cfg.model.tokens, cfg.seed, batch.places, cfg.train.batch)
+            counts = masked_counts(cfg.mask, cfg.model.tokens, cfg.seed, batch.host_index, cfg.train.batch)
             order = draws.permutation(cfg.seed, Stream.MASK_ORDER, batch.index, cfg.model.tokens)
         by_length = sorted(range(len(counts)), key=counts.__getitem__)
         return batch.select(by_length), Masking.from_order(order[by_length], [counts[i] for i in by_length])
@@ -140,7 +140,7 @@ class MixARObjective:
 
     def _asking(self, batch: Batch, masking: Masking, share: float) -> list[int]:
         """The images with a masked position of ρ ≥ λ: drawn once more on the host, which then waits for no device."""
-        seed, n, index = self.cfg.seed, self.cfg.model.tokens, torch.tensor(batch.places)
+        seed, n, index = self.cfg.seed, self.cfg.model.tokens, torch.tensor(batch.host_index)
         rho = draws.uniform(seed, Stream.RHO, index, n)
         order = draws.permutation(seed, Stream.MASK_ORDER, index, n)
         mixed = Masking.from_order(order, masking.hidden).masked & (rho >= share)

@@ -1,4 +1,4 @@
-"""The configs that travel with mixar. Each is one complete run, and its name does where a file would."""
+"""The configs that ship with mixar. Each is one complete run, and can be named in place of a file."""
 
 import argparse
 

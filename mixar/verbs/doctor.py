@@ -1,4 +1,4 @@
-"""Is this machine ready: versions, devices, memory, compilers; with a config also its folders, shards and weights."""
+"""Checks of this machine: versions, devices, memory, compilers; with a config also folders, shards and weights."""
 
 import argparse
 import importlib
@@ -30,18 +30,18 @@ from mixar.files import try_writing
 from mixar.ops.build import DEVICES, status
 from mixar.prior import load_prior
 
-EXTRAS = ("train", "demo")  # those of pyproject.toml that users install
+EXTRAS = ("train", "plot", "demo")  # those of pyproject.toml that users install
 
 
 class Finding(NamedTuple):
-    """What a check found; `status` is ok, note or bad."""
+    """The result of a check; `status` is ok, note or bad."""
 
     status: str
     text: str
 
 
 def examine(cfg: Config | None) -> Iterator[Finding]:
-    """All checks, those of folders, shards and weights only with a config."""
+    """All checks; those of folders, shards and weights only with a config."""
     yield Finding("ok", f"mixar {__version__}, python {platform.python_version()}")
     yield from versions()
     yield accelerator("flash_attn", "flash_attn_func", "attention runs in torch's own kernels")
@@ -62,14 +62,14 @@ def examine(cfg: Config | None) -> Iterator[Finding]:
 
 
 def odd_ones(found: list[tuple[str, list[Finding]]]) -> Iterator[Finding]:
-    """Findings that a node has and most ranks do not, by the node's name.
+    """Findings of a node that most ranks do not have, with the node's name.
 
     Args:
         found: the host name and findings of each rank.
     """
 
-    def plain(finding: Finding) -> Finding:  # what is free differs everywhere
-        return finding._replace(text=re.sub(r"[\d.]+ GiB free", "room", finding.text))
+    def plain(finding: Finding) -> Finding:  # free space differs everywhere
+        return finding._replace(text=re.sub(r"[\d.]+ GiB free", "space", finding.text))
 
     usual = Counter(plain(finding) for _, findings in found for finding in set(findings))
     odd = {(host, f) for host, findings in found for f in findings if usual[plain(f)] <= len(found) / 2}
@@ -78,13 +78,13 @@ def odd_ones(found: list[tuple[str, list[Finding]]]) -> Iterator[Finding]:
 
 
 def all_reduce(place: dist.Place, megabytes: int = 64, rounds: int = 5) -> Finding:
-    """A timed sum over all ranks, as gradients take it; a collective."""
+    """A timed sum over all ranks, like that of gradients; a collective."""
     values = torch.ones(megabytes * 2**18, device=place.device)
     seconds = []
-    for _ in range(rounds + 1):  # the first one connects
+    for _ in range(rounds + 1):  # the first round connects
         begun = time.perf_counter()
         c10d.all_reduce(values)
-        total = values[0].item()  # waits for it
+        total = values[0].item()  # waits for the sum
         seconds.append(time.perf_counter() - begun)
         values.fill_(1)
     if total != place.world:
@@ -96,7 +96,7 @@ def all_reduce(place: dist.Place, megabytes: int = 64, rounds: int = 5) -> Findi
 
 
 def versions() -> Iterator[Finding]:
-    """The packages of mixar and of its extras, against the ranges that mixar and they themselves ask of one another."""
+    """The packages of mixar and of its extras, against the ranges that mixar and they require of each other."""
     try:
         own = {r.name: r for r in _requirements("mixar")}
         extra = {r.name: name for name in EXTRAS for r in _requirements("mixar", name) if r.name not in {*own, "mixar"}}
@@ -114,22 +114,22 @@ def versions() -> Iterator[Finding]:
         wanted = [(asker, r) for asker, r in asked if canonicalize_name(r.name) == canonicalize_name(name)]
         refused = [(asker, r) for asker, r in wanted if version is None or not r.specifier.contains(version, True)]
         if refused:
-            told = ", ".join(f"{asker} needs {r.name}{r.specifier}" for asker, r in refused)
+            needs = ", ".join(f"{asker} needs {r.name}{r.specifier}" for asker, r in refused)
             ranges = ",".join(sorted({str(r.specifier) for _, r in refused if r.specifier}))
             found = f"{name} {version}" if version else f"{name} is missing"
-            yield Finding("bad", f"{found}: {told}; write pip install '{name}{ranges}'")
+            yield Finding("bad", f"{found}: {needs}; write pip install '{name}{ranges}'")
         else:
             yield Finding("ok", f"{name} {version}")
 
 
 def accelerator(module: str, name: str, without: str) -> Finding:
-    """An optional package, which counts only where it can be imported and holds what it is known for."""
+    """An optional package, which must be importable and hold the function `name`."""
     package = module.partition(".")[0]
     if importlib.util.find_spec(package) is None:
         return Finding("note", f"{package} (optional) is not installed: {without}")
     try:
         getattr(importlib.import_module(module), name)
-    except Exception as error:  # a build for another torch or card fails in ways of its own
+    except Exception as error:  # builds for another torch or card fail in many ways
         reason = " ".join(str(error).split())
         return Finding("note", f"{package} (optional) is broken or another package of that name ({reason}): {without}")
     return Finding("ok", f"{package} with {name}")
@@ -147,7 +147,7 @@ def devices(cfg: Config | None) -> Iterator[Finding]:
     if dist.fast_precision(device) == "bf16":
         yield Finding("ok", f"bf16 is native on this {device.type}")
     elif cfg is not None and cfg.train.precision == "fp32":
-        yield Finding("ok", f"fp32, for bf16 is not native on this {device.type}")
+        yield Finding("ok", f"fp32, since bf16 is not native on this {device.type}")
     else:
         yield Finding("note", f"bf16 is not native on this {device.type} and slow: write train.precision=fp32")
     threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
@@ -158,7 +158,7 @@ def devices(cfg: Config | None) -> Iterator[Finding]:
 
 
 def shared_memory() -> Finding:
-    """/dev/shm, through which loader processes hand over their batches."""
+    """/dev/shm, through which loader processes pass their batches."""
     try:
         free = shutil.disk_usage("/dev/shm").free / 2**30
     except OSError:
@@ -170,7 +170,7 @@ def shared_memory() -> Finding:
 
 
 def compilers() -> Iterator[Finding]:
-    """What builds the custom operators."""
+    """The compilers that build the custom operators."""
     for name in ("g++", "nvcc"):
         if path := shutil.which(name):
             yield Finding("ok", f"{name} at {path}")
@@ -179,7 +179,7 @@ def compilers() -> Iterator[Finding]:
 
 
 def operators(device: str) -> Iterator[Finding]:
-    """Which implementation of the custom operators a run on `device` takes, and what else has been compiled."""
+    """The implementation of the custom operators that a run on `device` uses, and what else has been compiled."""
     compiled, text = status(device)
     yield Finding("ok" if compiled else "note", f"a run here takes {text}")
     for other in DEVICES:
@@ -188,7 +188,7 @@ def operators(device: str) -> Iterator[Finding]:
 
 
 def writable(key: str, folder: str) -> Finding:
-    """Whether `folder` can be made and written to, tried with a file in its nearest parent that exists."""
+    """Whether `folder` can be created and written, tried with a file in its nearest existing parent."""
     try:
         free = shutil.disk_usage(try_writing(folder)).free / 2**30
     except OSError as error:
@@ -197,21 +197,21 @@ def writable(key: str, folder: str) -> Finding:
 
 
 def shards(cfg: Config) -> Finding:
-    """Finished shards against the config, or else whether they can be made."""
-    place = cfg.data.shards
-    if ":/" not in place and not Path(place, MANIFEST).is_file():
-        folder = writable("data.shards", place)
-        return folder if folder.status == "bad" else Finding("note", f"{folder.text}, and waits for mixar prepare")
+    """Whether finished shards fit the config; where there are none, whether they can be made."""
+    where = cfg.data.shards
+    if ":/" not in where and not Path(where, MANIFEST).is_file():
+        folder = writable("data.shards", where)
+        return folder if folder.status == "bad" else Finding("note", f"{folder.text}, and needs mixar prepare")
     try:
-        manifest = read_manifest(place, cfg.data.cache)
+        manifest = read_manifest(where, cfg.data.cache)
         check_manifest(manifest, cfg)
     except UserError as error:
         return Finding("bad", str(error))
-    return Finding("ok", f"shards in {place} fit the config: {manifest.count} images, {len(manifest.classes)} classes")
+    return Finding("ok", f"shards in {where} fit the config: {manifest.count} images, {len(manifest.classes)} classes")
 
 
 def weights(cfg: Config) -> Iterator[Finding]:
-    """Whether the frozen networks that the config names can be loaded, tried by loading each."""
+    """Whether the frozen networks that the config names can be loaded; each is loaded."""
     loaders: dict[str, Callable[[], object]] = {
         "vae": lambda: load_vae(cfg.vae, cfg.trust_pickle),
         "tokenizer": lambda: load_tokenizer(cfg.tokenizer, cfg.trust_pickle),
@@ -251,7 +251,7 @@ def run(args: argparse.Namespace) -> None:
         dist.leave()
     bad = sum(finding.status == "bad" for finding in findings)
     if bad:
-        raise UserError(f"{bad} of {len(findings)} checks are bad: mend what the lines that start with `bad` tell")
+        raise UserError(f"{bad} of {len(findings)} checks are bad: fix what the lines starting with `bad` report")
 
 
 def _print(finding: Finding) -> None:
@@ -259,7 +259,7 @@ def _print(finding: Finding) -> None:
 
 
 def _requirements(name: str, extra: str = "") -> list[Requirement]:
-    """What an installed package requires here, by itself or with one of its extras."""
+    """The requirements of an installed package on this machine, by itself or with one of its extras."""
     parsed = [Requirement(text) for text in metadata.requires(name) or []]
     return [r for r in parsed if r.marker is None or r.marker.evaluate({"extra": extra})]
 

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"no run at {run_dir}: give the run_dir of a training, the folder with config.yaml")
     checkpoints = complete_checkpoints(run_dir)
     if not checkpoints:
-        raise UserError(f"no complete checkpoint in {run_dir}: `mixar train {run_dir}/config.yaml` goes on until one")
+        raise UserError(f"no complete checkpoint in {run_dir}: `mixar train {run_dir}/config.yaml` continues to one")
     images = int(checkpoints[-1].name)
     out = Path(args.out) if args.out else export_path(run_dir, images)
     if args.out is not None and out.exists():
@@ -38,17 +38,17 @@ def run(args: argparse.Namespace) -> None:
     model = objective.build()
     load_ema(checkpoints[-1], model)
     if holds(out, model.state_dict()) and not overrides:
-        print(f"the run has this export already: {out}")
+        print(f"the run already has this export: {out}")
         return
     objective.export(model.eval(), out, {"images": images, "epochs": images / count, "weights": "ema"})
     print(f"the EMA weights after {images} images: {out}")
 
 
 def open_objective(cfg: Config, checkpoint: Path) -> tuple[Objective, int]:
-    """What `cfg` trains, and the images of its set; from the checkpoint alone, where it tells of its data.
+    """The objective of `cfg`, and the number of images in its set; from the checkpoint alone, if it describes its data.
 
     Raises:
-        UserError: as `open_source`, for a checkpoint that does not tell.
+        UserError: as `open_source`, for a checkpoint that does not.
     """
     data = read_head(checkpoint)[0].get("data", {})
     if cfg.task == "mixar" and data:
@@ -60,13 +60,13 @@ def open_objective(cfg: Config, checkpoint: Path) -> tuple[Objective, int]:
 
 
 def release_public(cfg: Config, weights: str, out: str | None) -> None:
-    """A public MAR checkpoint, of `cfg`'s geometry, as an export.
+    """Write a public MAR checkpoint with the geometry of `cfg` as an export.
 
     Raises:
-        UserError: no --out, or weights that do not fit the config key for key.
+        UserError: no --out, or weights whose keys or shapes do not fit the config.
     """
     if out is None:
-        raise UserError(f"--weights {weights} belongs to no run: name the release's folder with --out DIR")
+        raise UserError(f"--weights {weights} does not belong to a run: name the release's folder with --out DIR")
     objective = MixARObjective(cfg, latent_norm(cfg), CPU)
     objective.open()
     model = loaded(lambda: MixAR(cfg.model), read_public(weights, "mar", cfg.trust_pickle), weights)

@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> None:
     rank, world = (own if given is None else given for given, own in zip((args.rank, args.world), slurm.share()))
     if not 0 <= rank < world:
         last = world - 1
-        raise UserError(f"no rank {rank} of {world}: write --rank 0 to {last}; of a Slurm array, --array=0-{last}")
+        raise UserError(f"no rank {rank} of {world}: write --rank 0 to {last}; for a Slurm array, --array=0-{last}")
     cfg = load_config(args.config, args.overrides + ["trust_pickle=true"] * args.trust_pickle)
     if args.list:
         print(survey(training_images(replace(cfg.data, classes=sys.maxsize)), cfg.data))
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def show(cfg: Config, out: Path) -> None:
-    """Decode some of the finished shards of `cfg` to a PNG at `out`, by the codecs that made them."""
+    """Decode some images of the finished shards of `cfg` to a PNG at `out`, with the codecs that made them."""
     manifest, device = read_manifest(cfg.data.shards), dist.find().device
     frozen = Frozen(cfg, {"vae": manifest.vae, "tokenizer": manifest.tokenizer})
     verify(cfg.data.shards, frozen.vae.to(device), frozen.tokenizer.to(device), out)
@@ -43,7 +43,7 @@ def show(cfg: Config, out: Path) -> None:
 
 
 def make(cfg: Config, pre_draw: bool, rank: int, world: int) -> None:
-    """Make the shards of `cfg`, and pre-drawn tokens beside them; all that they need is opened first."""
+    """Make the shards of `cfg`, and pre-drawn tokens beside them; everything that they need is opened first."""
     images, device = training_images(cfg.data), dist.find().device
     vae, tokenizer = load_vae(cfg.vae, cfg.trust_pickle), load_tokenizer(cfg.tokenizer, cfg.trust_pickle)
     if pre_draw:

@@ -114,21 +114,21 @@ def test_names_that_are_no_utf_8(tmp_path):
 
 def test_control_characters_are_told_as_escapes(tmp_path):
     fill(tmp_path, "cat/a.png", "b\x1b[2J\n.png")
-    assert r"b\x1b[2J\n.png for one" in refusal(tmp_path)
+    assert r"such as b\x1b[2J\n.png" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a.png,cat\nb.png,dog\n./a.png,dog", "2 rows for a.png, of the labels cat, dog"),
+        ("a.png,cat\nb.png,dog\n./a.png,dog", "2 rows for a.png, with the labels cat, dog"),
         ("../a.png,cat", "leads out of the folder"),
         ("sub/../../a.png,cat", "leads out of the folder"),
         ("/etc/passwd,cat", "leads out of the folder"),
         ("a.png,cat\nb.png, ", "has no label"),
         ("a.png,0\nb.png,999999999999", "too large a number"),
-        ("a.png,0\nb.png,-1", "whole number from 0 on"),
-        ("a.png,1.0\nb.png,2.0", "whole number from 0 on"),
-        ("a.png,chat\nb.png,caf\xe9", "no csv in UTF-8"),
+        ("a.png,0\nb.png,-1", "whole number of at least 0"),
+        ("a.png,1.0\nb.png,2.0", "whole number of at least 0"),
+        ("a.png,chat\nb.png,caf\xe9", "not a csv in UTF-8"),
     ],
 )
 def test_tables_that_are_wrong(tmp_path, text, message):

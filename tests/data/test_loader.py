@@ -28,7 +28,7 @@ def take(source, count: int, **options) -> list[Batch]:
 
 def content(batches: list[Batch]) -> list[tuple]:
     """The samples of batches, comparable."""
-    columns = ([b.places, b.keys, b.labels.tolist(), b.moments.numpy(), b.codes.tolist()] for b in batches)
+    columns = ([b.host_index, b.keys, b.labels.tolist(), b.moments.numpy(), b.codes.tolist()] for b in batches)
     return [(*known, moments.tobytes(), codes) for batch in columns for *known, moments, codes in zip(*batch)]
 
 
@@ -231,7 +231,7 @@ def test_selected_samples_keep_together(make_config, shards):
     batch = take(ShardSource(shards, pre_drawn=True), 1)[0]
     chosen = batch.select([5, 0])
     assert content([chosen]) == [content([batch])[i] for i in (5, 0)]
-    assert chosen.places == chosen.index.tolist() == [5, 0]
+    assert chosen.host_index == chosen.index.tolist() == [5, 0]
     assert chosen.drawn.count == [batch.drawn.count[i] for i in (5, 0)]
     assert torch.equal(chosen.drawn.order, batch.drawn.order[[5, 0]])
     assert torch.equal(chosen.drawn.codes, batch.drawn.codes[[5, 0]])

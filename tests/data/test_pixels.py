@@ -65,7 +65,7 @@ def test_floats_from_0_to_1_are_black_to_white(tmp_path):
 @pytest.mark.parametrize(
     ("values", "why"),
     [
-        (np.float32([[0, 200]]), "from 0 to 200, where 0 for black to 1 for white"),
+        (np.float32([[0, 200]]), "from 0 to 200, but 0 for black to 1 for white"),
         (np.float32([[-1, 1]]), "from -1 to 1"),
         (np.float32([[0, np.nan]]), "from nan"),
         (np.int32([[0, 200]]), "32-bit integers"),

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from mixar.evaluation.classifier import save_classifier, train_classifier
+from mixar.data.image_batches import read_images
+from mixar.demo.classifier import train_classifier
+from mixar.evaluation.classifier import save_classifier
 from mixar.evaluation.extractors import make_extractor
-from mixar.evaluation.images import read_images
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mixar.demo.classifier import _shift, train_classifier
 from mixar.errors import UserError
 from mixar.evaluation import evaluate
-from mixar.evaluation.classifier import _shift, load_classifier, save_classifier, train_classifier
+from mixar.evaluation.classifier import load_classifier, save_classifier
 from mixar.evaluation.extractors import make_extractor
 
 
@@ -80,5 +81,5 @@ def test_a_classifier_of_broken_weights_scores_nothing(digits, export, tmp_path)
         save_classifier(tmp_path / "export", classifier, accuracy)
     shutil.copytree(export, tmp_path / "export")
     save_file(classifier.state_dict(), tmp_path / "export" / "model.safetensors")  # as of a version that wrote them
-    with pytest.raises(UserError, match="no finite features"):
+    with pytest.raises(UserError, match="features that are not finite"):
         evaluate([digits[0][:8]], [digits[0][8:16]], make_extractor(str(tmp_path / "export")))

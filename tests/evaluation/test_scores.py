@@ -95,13 +95,13 @@ def test_extractors_are_not_compared():
 
 
 def test_too_few_images_are_refused(extractor):
-    with pytest.raises(UserError, match="2 or more"):
+    with pytest.raises(UserError, match="at least 2 images"):
         _features(1, 4, 1).statistics()
-    with pytest.raises(UserError, match="2 or more"):
+    with pytest.raises(UserError, match="at least 2 images"):
         inception_score(torch.zeros(1, 3))
-    with pytest.raises(UserError, match="4 or more"):
+    with pytest.raises(UserError, match="at least 4 images"):
         precision_recall(_features(3, 4, 1), _features(9, 4, 1))
-    with pytest.raises(UserError, match="1 or more"):
+    with pytest.raises(UserError, match="at least 1 image"):
         accumulate([], extractor)
 
 

@@ -11,35 +11,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from mixar.codecs import VAE, Tokenizer
-from mixar.config import load_config, to_dict
-from mixar.evaluation.classifier import save_classifier, train_classifier
-from mixar.weights import write_export
+from mixar.data.images import ImageSource, open_images
+from mixar.demo.classifier import train_classifier
+from mixar.evaluation.classifier import save_classifier
+from tests.home import make_sources
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = Path(__file__).with_name("cluster.sh")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 
-CONFIG = """
-run_dir: {root}/run
-data: {{images: {root}/images, shards: {root}/shards, image_size: 16, classes: 2, workers: 0}}
-vae: {{weights: {root}/vae, width: 16, multipliers: [1, 1, 1], blocks: 1, attention: [], latent_channels: 3}}
-tokenizer: {{weights: {root}/tokenizer, width: 16, multipliers: [1, 1, 1], blocks: 1, bits: 6}}
-model:
-  {{guidance: none, grid: 4, class_tokens: 2, encoder_width: 32, encoder_depth: 1, encoder_heads: 2, head_depth: 1,
-    head_width: 32}}
-mask: {{group: 8}}
-optim: {{lr: 0.02, warmup_epochs: 0.5, ema: 0.9}}
-train:
-  {{epochs: 30, batch: 16, micro_batch: 8, precision: fp32, log_every: 10, checkpoint_every: 5, samples_every: 0}}
-sample: {{steps: 2, diffusion_steps: "4"}}
-"""
+# a run of 120 steps, which two nodes without a prior share
+OVERRIDES = (
+    "model.guidance=none", "ti_mix.enabled=false", "mask.group=8", "train.epochs=30", "train.log_every=10",
+    "train.checkpoint_every=5",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -110,18 +99,8 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory) -> Path:
-    """64 images of two classes, codecs and a classifier with random weights, and the config of a run of 120 steps."""
+    """The sources of a run of 120 steps, and a classifier with random weights."""
     root = tmp_path_factory.mktemp("home")
-    pixels = np.random.default_rng(0).integers(0, 256, (64, 16, 16, 3), np.uint8)
-    for i, image in enumerate(pixels):
-        path = root / "images" / "ab"[i % 2] / f"{i:02d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path)
-    (root / "config.yaml").write_text(CONFIG.format(root=root))
-    cfg = load_config(root / "config.yaml")
-    torch.manual_seed(0)
-    for kind, network in (("vae", VAE(cfg.vae)), ("tokenizer", Tokenizer(cfg.tokenizer))):
-        write_export(root / kind, kind, to_dict(getattr(cfg, kind)) | {"weights": None}, network.state_dict())
-    images, labels = torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.arange(64) % 2
-    save_classifier(root / "classifier", *train_classifier(images, labels, 2, steps=2))
+    images, labels, _ = zip(*ImageSource(open_images(make_sources(root, *OVERRIDES).data), 16))
+    save_classifier(root / "classifier", *train_classifier(torch.stack(images), torch.tensor(labels), 2, steps=2))
     return root

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mixar import train
-from mixar.weights import read_export
+from tests.home import exported_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted([*(ROOT / "slurm").glob("*.sh"), Path(__file__).with_name("cluster.sh")])
@@ -21,13 +21,8 @@ FEW = "--ntasks-per-node=1"  # a task for each of 16 GPUs would be too much for 
 TRAIN = (FEW, "slurm/train_l.sh")
 
 
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    (export,) = (run / "exports").iterdir()
-    return read_export(export, "mixar")[1]
-
-
 def equal(a: Path, b: Path) -> bool:
-    return all(torch.equal(weights(a)[name], value) for name, value in weights(b).items())
+    return all(torch.equal(exported_weights(a)[name], value) for name, value in exported_weights(b).items())
 
 
 def checkpoints(run: Path) -> set[Path]:

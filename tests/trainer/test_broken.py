@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from mixar.checkpoint import complete_checkpoints
-from mixar.weights import read_export
-from tests.home import end, records, start_ranks
+from tests.home import end, exported_weights, records, start_ranks
 from tests.home import train_arguments as train
 
 
@@ -22,11 +21,6 @@ def wait_for(path: Path, processes: list[subprocess.Popen]) -> None:
     while not path.exists():
         assert all(process.poll() is None for process in processes), f"a rank ended before {path} was there"
         time.sleep(0.01)
-
-
-def ema(run: Path) -> dict[str, torch.Tensor]:
-    (export,) = (run / "exports").iterdir()
-    return read_export(export, "mixar")[1]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +66,7 @@ def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(home, whole, tmp_path
     assert int(kept.name) // 16 == records(run)[-1]["step"]  # not one step is lost
     assert end(start_ranks(command, 2, log=tmp_path / "log", MIXAR_OUTCOME=str(outcome))) == [0, 0]
     assert outcome.read_text() == "done\n"
-    assert all(torch.equal(ema(run)[name], value) for name, value in ema(whole).items())
+    assert all(torch.equal(exported_weights(run)[name], value) for name, value in exported_weights(whole).items())
 
 
 @pytest.mark.parametrize("damage", ["bit", "torn", "gone"])
@@ -87,7 +81,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_all_ranks(home, whole, tmp_path,
     assert end(start_ranks(train(home, run), 2, log=tmp_path / "log")) == [0, 0]
     told = (run / "log.txt").read_text()
     assert f"{file.name} changed since it was written" in told and "resuming from" in told
-    assert all(torch.equal(ema(run)[name], value) for name, value in ema(whole).items())
+    assert all(torch.equal(exported_weights(run)[name], value) for name, value in exported_weights(whole).items())
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(home, small_disk, tmp_path) -> None:
@@ -97,7 +91,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(home, small_disk, tmp_path) -> No
     wait_for(run / "checkpoints" / "000000000080" / "DONE", processes)
     assert end(processes) != [0, 0]  # there is no room for a second
     told = [line for line in log.read_text().splitlines() if line.startswith("mixar train: a checkpoint in")]
-    assert len(told) == 1 and "make room, then the same command goes on from" in told[0]
+    assert len(told) == 1 and "free space, then the same command resumes from" in told[0]
     assert [kept.name for kept in complete_checkpoints(run)] == ["000000000080"]
     subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
     assert end(start_ranks(command, 2, log=log)) == [0, 0]

@@ -91,4 +91,4 @@ def test_an_interrupted_start_is_no_traceback(home, tmp_path) -> None:
     code = "import mixar.train as t\ndef load(*_):\n    raise KeyboardInterrupt\nt.load_config = load\nt.main()\n"
     done = subprocess.run([sys.executable, "-c", code, "x.yaml"], capture_output=True, text=True)
     assert done.returncode == 130
-    assert done.stderr == "mixar train: interrupted; the same command goes on where it stopped\n"
+    assert done.stderr == "mixar train: interrupted; the same command resumes where it stopped\n"

@@ -145,7 +145,7 @@ def test_a_disk_that_is_full_at_the_start_loses_nothing(home, done, small_disk) 
     files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "log.txt"}
     with pytest.raises(OSError, match="No space"), (small_disk / "filler").open("wb") as filler:
         filler.write(bytes(8 << 20))
-    with pytest.raises(UserError, match=r"No space left on device.*make room"):
+    with pytest.raises(UserError, match=r"No space left on device.*free space"):
         train(config(home, run, "train.epochs=4"))
     assert all(path.read_bytes() == content for path, content in files.items())
     (small_disk / "filler").unlink()
@@ -219,12 +219,12 @@ def test_other_data_does_not_resume_a_run(home, run, tmp_path) -> None:
     for shard in index["shards"]:
         shard["raw_data"]["hashes"] = {"xxh3_64": "0" * 16}
     (shards / "index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"trained on other data than .*moved.*\(another shards\).*init_from="):
+    with pytest.raises(UserError, match=r"trained on other data than .*moved.*\(they differ in shards\).*init_from="):
         train(config(home, run, "train.epochs=4", f"data.shards={shards}"))
     manifest = json.loads((home / "shards" / "manifest.json").read_text())
     shards = Path(shutil.copytree(home / "shards", tmp_path / "scaled"))
     (shards / "manifest.json").write_text(json.dumps(manifest | {"latent_std": [2.0, 2.0, 2.0]}))
-    with pytest.raises(UserError, match=r"\(another latents\)"):
+    with pytest.raises(UserError, match=r"\(they differ in latents\)"):
         train(config(home, run, "train.epochs=4", f"data.shards={shards}"))
     for change in ("data.flip=false", "mask.minimum=0.5", "vae.attention=[4]"):
         with pytest.raises(UserError, match=f"was started with {change.split('=')[0]}="):
@@ -246,7 +246,7 @@ def test_a_remote_that_was_made_anew_is_seen_through_its_cache(home, tmp_path) -
     told = [f"data.shards=file://{remote}", f"data.cache={tmp_path / 'cache'}"]
     train(config(home, tmp_path / "run", "train.epochs=0.25", *told))
     (remote / "index.json").write_text((remote / "index.json").read_text() + " ")
-    with pytest.raises(UserError, match=rf"made anew since it was cached: rm -r {tmp_path / 'cache'}"):
+    with pytest.raises(UserError, match=rf"made again since it was cached: rm -r {tmp_path / 'cache'}"):
         train(config(home, tmp_path / "run", "train.epochs=0.5", *told))
     shutil.rmtree(remote)  # cannot be asked: the cache holds all
     train(config(home, tmp_path / "run", "train.epochs=0.5", *told))

@@ -1,5 +1,7 @@
 """The command line, run for real in this process."""
 
+import shutil
+
 import pytest
 
 from mixar.__main__ import main
@@ -28,3 +30,10 @@ def refused(mixar):
         return lines[0]
 
     return run
+
+
+@pytest.fixture
+def run_dir(tmp_path, release):
+    """A run directory with an export."""
+    shutil.copytree(release, tmp_path / "run" / "exports" / "7-ema")
+    return tmp_path / "run"

@@ -57,7 +57,7 @@ def test_a_killed_demo_goes_on_and_reports(shapes, tmp_path) -> None:
     for group, names in (("rfid", {"vae", "tokenizer"}), ("fid", {"prior", "mixar"}), ("accuracy", {"prior", "mixar"})):
         assert set(report[group]) == names
         assert all(np.isfinite(value) and value >= 0 for value in report[group].values())
-    assert "no Inception FID" in report["measured_with"]["what"]
+    assert "not an Inception FID" in report["measured_with"]["what"]
     with Image.open(out / "report.png") as picture:
         assert picture.height == 5 * (32 * 2 + 4) + 4
         assert len(set(picture.convert("RGB").getdata())) > 100

@@ -13,8 +13,9 @@ from PIL import Image
 
 from mixar.config import DataConfig
 from mixar.data.images import adm_crop, open_images
-from mixar.evaluation.classifier import save_classifier, train_classifier
-from mixar.verbs.grid import parse_grid
+from mixar.demo.classifier import train_classifier
+from mixar.evaluation.classifier import save_classifier
+from mixar.sampling_flags import parse_grid
 
 
 @pytest.fixture(scope="session")
@@ -42,12 +43,6 @@ def folder(digits, tmp_path_factory):
         (root / str(label)).mkdir(exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / str(label) / f"{i}.png")
     return root
-
-
-@pytest.fixture
-def run_dir(tmp_path, release):
-    shutil.copytree(release, tmp_path / "run" / "exports" / "7-ema")
-    return tmp_path / "run"
 
 
 def test_draws_and_scores(mixar, run_dir, folder, classifier):
@@ -145,13 +140,13 @@ def test_everything_is_checked_before_the_reference_is_read(refused, run_dir, fo
     np.savez(npz, np.zeros((6, 16, 16, 3), np.uint8))
     itself = ("--reference", npz, "--extractor", classifier, "--save-statistics", tmp_path / "." / "reference.npz")
     assert "is the reference itself" in refused("evaluate", *itself)
-    assert "no receipt of scores" in refused(*draw, *common, "--out", npz)
+    assert "is not a receipt of scores" in refused(*draw, *common, "--out", npz)
     # a reference that does not fit what would be drawn: another extractor's statistics, too few images, another size
     np.savez(tmp_path / "theirs.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     theirs = ("--reference", tmp_path / "theirs.npz", "--extractor", classifier)
     assert "use one extractor for both" in refused(*draw, *theirs)
     assert "16x16 images" in refused(*draw, *common, "--crop", 32)
-    assert "2 or more" in refused("evaluate", run_dir, "--count", 1, *common)
+    assert "at least 2 images" in refused("evaluate", run_dir, "--count", 1, *common)
     assert not (run_dir / "samples").exists() and not (run_dir / "eval").exists()
     np.savez(tmp_path / "small.npz", np.zeros((6, 8, 8, 3), np.uint8))
     assert "16x16 images" in refused("evaluate", "--samples", tmp_path / "small.npz", *common)
@@ -205,7 +200,7 @@ def test_foreign_files_beside_samples(mixar, refused, run_dir, folder, classifie
     assert mixar(*score, drawn)[0] == 0
     shutil.copy(drawn / "0-0.png", drawn / "holiday\x1b[2J.png")
     said = refused(*score, drawn)
-    assert "did not draw there, such as holiday\\x1b[2J.png" in said
+    assert "did not write, such as holiday\\x1b[2J.png" in said
     (drawn / "0-0.png").unlink()
     assert "holiday" in refused(*score, drawn)
     # another npz beside them has nothing to do with their record
@@ -352,18 +347,18 @@ def test_grid_refusals(mixar, refused, run_dir, folder, classifier, tmp_path, ma
     assert "name the axes" in refused(*run, "--preset", "fast", "--grid")
     assert "write --repeats 1 or more" in refused(*run, "--grid", "steps=2", "--repeats", 0)
     assert "add --grid" in refused(*run, "--repeats", 2)
-    assert "write a .json" in refused(*run, "--grid", "steps=2", "--out", tmp_path / "grid.png")
+    assert "is not a .json" in refused(*run, "--grid", "steps=2", "--out", tmp_path / "grid.png")
     said = refused(*run, "--grid", "solver=ddpm,dpm", "diffusion_steps=1,2")
     assert "--grid at solver=dpm diffusion_steps=1: solver=dpm needs at least 2" in said
     assert "--grid at prior_steps=200: 200 prior steps" in refused(*run, "--grid", "prior_steps=2,200")
     assert "diffusion_steps=9: a section of 6" in refused(*run, "--diffusion-start", 5, "--grid", "diffusion_steps=2,9")
     assert "0..2" in refused(*run, "--labels", "3", "--grid", "steps=2")
-    assert "2 or more" in refused("evaluate", run_dir, *common, "--count", 1, "--grid", "steps=2")
+    assert "at least 2 images" in refused("evaluate", run_dir, *common, "--count", 1, "--grid", "steps=2")
     make_pipeline("none").save_pretrained(tmp_path / "plain")
     assert "no prior" in refused("evaluate", tmp_path / "plain", *common, "--grid")
     (run_dir / "eval").mkdir()
     (run_dir / "eval" / "0-6-grid.json").write_text("[]")
-    assert "holds no grid" in refused(*run, "--grid", "steps=2")
+    assert "is not a grid" in refused(*run, "--grid", "steps=2")
     assert not (run_dir / "samples").exists() and not (tmp_path / "plain-samples").exists()  # all before any is drawn
     # rows and samples of others are not mixed with one's own
     (run_dir / "eval" / "0-6-grid.json").unlink()

@@ -49,9 +49,9 @@ def test_a_list_tells_what_would_be_made(mixar, home, tmp_path) -> None:
         "the config is for 10 classes: write data.classes=2",
         "sizes: 8x8 to 70x50, 1 to be enlarged to data.image_size=16",
         "modes: 2 RGB, 1 I;16, 1 LA",
-        "turned by their EXIF: 1; laid over white, since transparent: 1",
+        "turned by their EXIF: 1; transparent, laid over white: 1",
         "left out: 1 .heic (2/e.heic)",
-        "that is more than data.max_broken=0.01 of the set allows: prepare would stop",
+        "that is more than data.max_broken=0.01 of the set: prepare would stop",
     ):
         assert line in out.splitlines(), out
     assert "1 cannot be read and would be skipped: 2/f.png (" in out
@@ -91,7 +91,7 @@ def test_signals_to_all_of_its_processes_end_it_cleanly(home, tmp_path) -> None:
         os.killpg(process.pid, number)
         told = process.communicate()[1]
         assert process.returncode == 130 and "Traceback" not in told, told
-        assert "mixar prepare: interrupted; the same command goes on where it stopped" in told
+        assert "mixar prepare: interrupted; the same command resumes where it stopped" in told
         assert [path.name for path in (tmp_path / "shards").iterdir()] == [".lock"]
     subprocess.run([*COMMAND, *given], check=True)
     assert len(LocalDataset(str(tmp_path / "shards"))) == 100
@@ -142,4 +142,4 @@ def test_shares_by_slurm(monkeypatch, given, share) -> None:
 def test_an_array_with_holes_is_refused(monkeypatch, refused) -> None:
     for name, value in element(5, first=1).items():  # of --array=1,2,5
         monkeypatch.setenv(f"SLURM_{name}", value)
-    assert "no rank 4 of 3: write --rank 0 to 2; of a Slurm array, --array=0-2" in refused("prepare", "config.yaml")
+    assert "no rank 4 of 3: write --rank 0 to 2; for a Slurm array, --array=0-2" in refused("prepare", "config.yaml")

@@ -13,15 +13,8 @@ import pytest
 from PIL import Image
 
 from mixar.sampling import MixARPipeline
-from mixar.verbs.drawing import parse_labels
+from mixar.sampling.sample_set import parse_labels
 from mixar.weights import read_export, write_export
-
-
-@pytest.fixture
-def run_dir(tmp_path, release):
-    """A run directory with an export."""
-    shutil.copytree(release, tmp_path / "run" / "exports" / "7-ema")
-    return tmp_path / "run"
 
 
 def pixels(folder):
@@ -98,7 +91,7 @@ def test_an_npz_goes_on_after_signals(refused, run_dir, tmp_path):
         process.send_signal(number)
         complaint = process.communicate()[1]
         assert process.returncode == status and not (folder / "samples.npz").exists()
-    assert "mixar sample: interrupted; the same command goes on where it stopped" in complaint
+    assert "mixar sample: interrupted; the same command resumes where it stopped" in complaint
     kept = folder / ".samples" / "0.npy"
     (folder / ".samples" / ".samples.npz.0.part").touch()  # as a kill while the npz is put together leaves it
     before = kept.stat().st_mtime_ns
@@ -147,12 +140,12 @@ def test_images_of_others_are_left_alone(mixar, refused, run_dir, tmp_path):
         folder = tmp_path / name.split(".")[0]
         folder.mkdir()
         Image.new("RGB", (16, 16)).save(folder / name)
-        assert "nothing says how they were drawn" in refused("sample", run_dir, "--count", 1, "--out", folder)
+        assert "without a record of how they were sampled" in refused("sample", run_dir, "--count", 1, "--out", folder)
         assert os.listdir(folder) == [name]
     assert mixar("sample", run_dir, "--count", 2)[0] == 0
     folder = run_dir / "samples" / "0-2"
     (folder / "0-0.png").write_bytes(b"no picture")
-    assert "is not as it was drawn" in refused("sample", run_dir, "--count", 2, "--grid")
+    assert "has changed since it was written" in refused("sample", run_dir, "--count", 2, "--grid")
     for record in ("{", "[]", "{}", '{"sampling": {"seed": "x"}}'):
         (folder / "sampling.json").write_text(record)
         assert "sampling.json is not what" in refused("sample", run_dir, "--count", 2)

@@ -1,6 +1,5 @@
-"""Samples scored against a reference, in the eyes of an extractor."""
+"""Scoring of samples against a reference, by the features of an extractor."""
 
-import argparse
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,76 +9,77 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixar import dist
+from mixar.data.image_batches import ImageBatches, read_images
+from mixar.data.npz import Npz
 from mixar.errors import UserError
 from mixar.evaluation import Features, Statistics, accumulate, evaluate
-from mixar.evaluation.extractors import Extractor, make_extractor
-from mixar.evaluation.images import Images, read_images
-from mixar.evaluation.npz import Npz, printable
+from mixar.evaluation.extractors import Extractor
 from mixar.evaluation.receipt import Provenance, write_receipt
-from mixar.verbs.drawing import read_record, sample_names
-from mixar.verbs.process import check_writable
+from mixar.files import check_writable
+from mixar.sampling.record import read_record, sample_names
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """A reference in the eyes of an extractor, to score any number of samples against."""
+    """An extractor and a reference, to score any number of samples against.
+
+    Attributes:
+        opened: the reference.
+        source: the reference as the user named it.
+        crop: side in pixels that the reference's images are cropped to.
+        reconstructions: the samples are reconstructions of the reference.
+    """
 
     extractor: Extractor
-    opened: Images | Statistics  # the reference
-    source: str  # of the reference
+    opened: ImageBatches | Statistics
+    source: str
     crop: int | None
     reconstructions: bool
 
-    @classmethod
-    def of(cls, args: argparse.Namespace, opened: Images | Statistics) -> "Scorer":
-        """As the flags name it; `opened` is the reference. UserError for an extractor that is not there."""
-        extractor = make_extractor(args.extractor, dist.find().device)
-        return cls(extractor, opened, args.reference, args.crop, args.reconstructions)
-
     @cached_property
     def reference(self) -> Features | Statistics:
-        """What the extractor sees in the reference: it takes long, so `check` first."""
+        """The features of the reference. To compute them takes long, so call `check` first."""
         if isinstance(self.opened, Statistics):
             return self.opened
         return accumulate(self.opened, self.extractor, "reference")
 
     def save_statistics(self, file: Path) -> None:
-        """Keep the reference's statistics. UserError where nothing can be written there."""
+        """Write the reference's statistics to `file`. UserError where it cannot be written."""
         known = self.reference if isinstance(self.reference, Statistics) else self.reference.statistics()
         known.save(file)
         print(f"statistics{f' of {known.n} images' if known.n else ''}: {file}")
 
     def check(self, size: tuple[int, ...], count: int) -> None:
-        """Find before the reference is read or anything is drawn what scoring `count` images would refuse.
+        """Find out whether scoring would be refused, before the reference is read or anything is sampled.
 
         Args:
-            size: height and width of each.
+            size: height and width of each image.
+            count: the number of images.
 
         Raises:
-            UserError: too few images, or of another size than the extractor takes; a reference of another extractor.
+            UserError: too few images, a size that the extractor does not take, or a reference of another extractor.
         """
         blank = torch.zeros(min(count, 4), 3, *size, dtype=torch.uint8)
         few = self.opened if isinstance(self.opened, Statistics) else [next(iter(self.opened))[:4]]
         evaluate([blank], few, self.extractor)
 
     def check_receipt(self, file: Path) -> None:
-        """See that `file` can take a receipt, and that none of other scores would be lost.
+        """Check that a receipt can be written to `file` without losing another one.
 
         Raises:
-            UserError: it cannot, or it holds something else.
+            UserError: `file` cannot be written, or holds something else.
         """
         check_writable(file)
         if not file.exists():
             return
         try:
             before = json.loads(file.read_text())
-            told = before["extractor"]["label"], before["reference"]["digest"]
+            scored = before["extractor"]["label"], before["reference"]["digest"]
         except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{file} is no receipt of scores: name another file with --out") from None
-        if told != (self.extractor.label, self.reference.digest):
+            raise UserError(f"{file} is not a receipt of scores: name another file with --out") from None
+        if scored != (self.extractor.label, self.reference.digest):
             raise UserError(
-                f"{file} holds scores against another reference, or by another extractor: remove it, or name another "
+                f"{file} holds scores against another reference or by another extractor: remove it, or name another "
                 "file with --out"
             )
 
@@ -87,7 +87,7 @@ class Scorer:
         """Score the images at `samples`, print the scores, write the receipt.
 
         Raises:
-            UserError: no samples, fewer than were to be drawn, or a reference of another extractor.
+            UserError: no samples, an incomplete set, or a reference of another extractor.
         """
         images, labels, record = open_samples(samples)
         crop = f"ADM centre crop to {self.crop}" if self.crop else None
@@ -105,11 +105,11 @@ class Scorer:
         return scores
 
 
-def open_reference(source: str, crop: int | None) -> Images | Statistics:
-    """Images, or the statistics that an npz holds.
+def open_reference(source: str, crop: int | None) -> ImageBatches | Statistics:
+    """The images at `source`, or the statistics in an npz.
 
     Raises:
-        UserError: neither is there, or a crop of an npz.
+        UserError: neither is there, or a crop of an npz is asked for.
     """
     path = Path(source)
     if crop is not None and path.suffix == ".npz":
@@ -119,30 +119,29 @@ def open_reference(source: str, crop: int | None) -> Images | Statistics:
     return read_images(source, crop)
 
 
-def open_samples(path: Path) -> tuple[Images, Tensor | None, dict[str, Any] | None]:
-    """Images to score, their labels, and how they were drawn, as far as that is known.
+def open_samples(path: Path) -> tuple[ImageBatches, Tensor | None, dict[str, Any] | None]:
+    """Images to score, and where they are known, their labels and the record of how they were sampled.
 
     Raises:
-        UserError: nothing there, not all that `mixar sample` was to draw, or images of others among them.
+        UserError: no images, an incomplete set of `mixar sample`, or foreign images in it.
     """
     images, record = read_images(path), read_record(path)
     if record is None:
         return images, images.labels, record
     if images.count < record["count"] or (images.names is None and images.count != record["count"]):
-        raise UserError(f"{path} holds {images.count} of {record['count']} samples: `mixar sample` draws the rest")
+        raise UserError(f"{path} holds {images.count} of {record['count']} samples: `mixar sample` adds the rest")
     if images.names is None:
         return images, images.labels, record
     labels = sample_names(record)
     if foreign := [name for name in images.names if name not in labels]:
         raise UserError(
-            f"{path} holds {len(foreign)} images that `mixar sample` did not draw there, such as "
-            f"{printable(foreign[0])}: take them out"
+            f"{path} holds {len(foreign)} images that `mixar sample` did not write, such as {foreign[0]}: remove them"
         )
     return images, torch.tensor([labels[name] for name in images.names]), record
 
 
 def table(scores: dict[str, Any], samples: str, reference: str) -> str:
-    """The scores as lines to read, with what was scored against what."""
+    """The scores as lines of text, with the samples, the reference and the extractor."""
     lines = {
         scores["distance"]["name"]: f"{scores['distance']['value']:.3f}",
         scores["score"]["name"]: f"{scores['score']['mean']:.3f} +- {scores['score']['std']:.3f}",

@@ -3,8 +3,9 @@ import pytest
 import torch
 from PIL import Image
 
+from mixar.data.image_batches import read_images
+from mixar.data.npz import write_npz
 from mixar.errors import UserError
-from mixar.evaluation.images import read_images, write_npz
 
 
 def _write(folder, name, size=(8, 8), value=0):
@@ -26,7 +27,7 @@ def test_a_folder_is_read_in_order_and_more_than_once(tmp_path):
 def test_sizes_are_one_or_cropped_to_one(tmp_path):
     _write(tmp_path, "0.png", (8, 8))
     _write(tmp_path, "1.png", (12, 9))
-    with pytest.raises(UserError, match=r"1\.png is 12x9, the first image 8x8"):
+    with pytest.raises(UserError, match=r"1\.png is 12x9, the first image is 8x8"):
         list(read_images(tmp_path))
     (cropped,) = read_images(tmp_path, size=8)
     assert cropped.shape == (2, 3, 8, 8)

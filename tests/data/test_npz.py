@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mixar.data.image_batches import read_images
 from mixar.errors import UserError
-from mixar.evaluation.images import read_images
 from mixar.evaluation.scores import Statistics
 
 
@@ -78,7 +78,7 @@ def test_nothing_in_a_file_runs(tmp_path) -> None:
     np.savez(tmp_path / "label.npz", mu=np.zeros(2), sigma=np.eye(2), n=1, digest="", extractor=trap)
     for read, name in ((read_images, "images"), (read_images, "labels"), (Statistics.load, "statistics"),
                        (Statistics.load, "label")):  # fmt: skip
-        with pytest.raises(UserError, match="python objects"):
+        with pytest.raises(UserError, match="Python objects"):
             read(tmp_path / f"{name}.npz")
     assert not (tmp_path / "sprung").exists()
 
@@ -86,7 +86,7 @@ def test_nothing_in_a_file_runs(tmp_path) -> None:
 def test_images_that_would_be_read_wrongly(tmp_path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (4, 6, 5, 3), np.uint8)
     np.savez(tmp_path / "columns.npz", np.asfortranarray(images))
-    with pytest.raises(UserError, match="Fortran's order"):
+    with pytest.raises(UserError, match="Fortran order"):
         list(read_images(tmp_path / "columns.npz"))
     np.savez(tmp_path / "unlabelled.npz", images, np.array([0, -1, 2, 3]))
     with pytest.raises(UserError, match="from 0 on"):

@@ -1,0 +1,231 @@
+"""A demo's folder, and the stages that train all networks of MixAR in it on small images."""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixar import dist, resources
+from mixar.codecs import load_tokenizer, load_vae
+from mixar.config import Config, load_config, to_dict
+from mixar.data.images import ImageSet, ImageSource, open_images, split, training_images
+from mixar.data.shards import prepare
+from mixar.demo.classifier import train_classifier
+from mixar.errors import UserError
+from mixar.evaluation.classifier import save_classifier
+from mixar.evaluation.extractors import Extractor, make_extractor
+from mixar.evaluation.scores import Features, accumulate
+from mixar.files import check_writable, write_json
+from mixar.sampling import MixARPipeline
+from mixar.train import train
+from mixar.weights import newest_export
+
+CONFIGS = resources.CONFIGS / "demo"
+DIGITS = 4500  # training images of the built-in set, for which the configs' epochs were chosen
+MADE_OF = "made_of.json"  # images, length and configs of the folder's models
+NETWORKS = ("vae", "tokenizer", "prior", "mixar")  # each has a config
+RECIPE = ("model", "mask", "ti_mix", "optim", "train", "sample")  # further sections that shape them
+
+
+@dataclass
+class Length:
+    """The length of a demo: the share of each config's epochs, and the number of samples scored."""
+
+    codecs: float = 1.0
+    prior: float = 1.0
+    mixar: float = 1.0
+    classifier_steps: int = 400
+    images: int = 100_000  # used of the set at most
+    samples: int = 2000
+
+
+SHORT = Length(codecs=0.05, prior=0.05, mixar=0.03, classifier_steps=60, images=1000, samples=100)
+
+
+@dataclass
+class Demo:
+    """A demo's folder and its finished stages.
+
+    Args:
+        out: the folder.
+        images: a folder of images, or the name of a built-in set.
+        stages: seconds of each finished stage; read from the folder.
+
+    Raises:
+        UserError: a folder that cannot be written or that holds another demo, or too few images.
+    """
+
+    out: Path
+    images: str
+    length: Length
+    stages: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_writable(self.out / MADE_OF)
+        self.device = dist.find().device
+        self.precision = dist.fast_precision(self.device)
+        whole = open_images(
+            load_config(CONFIGS / "vae.yaml", [f"data.images={self.images}", "data.classes=100000"]).data
+        )
+        if len(whole) < 40:
+            raise UserError(f"{self.images} holds {len(whole)} images: give at least 40, better hundreds")
+        self.classes = len(whole.classes)
+        self.count = min(len(whole) - min(500, len(whole) // 10), self.length.images)
+        self.held_out = len(whole) - self.count
+        self._claim(digest(whole))
+        self.stages = _read(self.out / "stages.json")
+
+    def _claim(self, images: str) -> None:
+        """Record what the demo in this folder is made of.
+
+        Args:
+            images: the digest of the set.
+
+        Raises:
+            UserError: the folder holds a demo of other images, another length or other configs.
+        """
+        configs = {name: to_dict(load_config(CONFIGS / f"{name}.yaml")) for name in NETWORKS}
+        recipes = {name: {part: config[part] for part in (*NETWORKS[:3], *RECIPE)} for name, config in configs.items()}
+        now = json.loads(json.dumps({"images": images, "length": asdict(self.length), "configs": recipes}))
+        before = _read(self.out / MADE_OF)
+        if other := [key for key in now if key in before and _differs(before[key], now[key])]:
+            raise UserError(
+                f"{self.out} holds a demo of other {', '.join(other)}: name another folder with --out, or remove it"
+            )
+        write_json(self.out / MADE_OF, now)
+
+    def config(self, name: str, share: float, *overrides: str) -> Config:
+        """`configs/demo/<name>.yaml` for this folder and set, for the same number of images seen whatever its size."""
+        stretch = share * DIGITS / self.count
+        base = load_config(CONFIGS / f"{name}.yaml")
+        epochs = {
+            "train.epochs": base.train.epochs,
+            "train.checkpoint_every": base.train.checkpoint_every,
+            "optim.warmup_epochs": base.optim.warmup_epochs,
+            "ti_mix.start_epoch": base.ti_mix.start_epoch,
+            "ti_mix.duration_epochs": base.ti_mix.duration_epochs,
+        }
+        exports = {f"{kind}.weights": self.newest_export(kind) for kind in ("vae", "tokenizer", "prior")}
+        return load_config(CONFIGS / f"{name}.yaml", [
+            f"run_dir={self.out / name}", f"data.images={self.images}", f"data.shards={self.out / 'shards'}",
+            f"data.classes={self.classes}", f"data.held_out={self.held_out}", f"train.precision={self.precision}",
+            *(f"{key}={value * stretch}" for key, value in epochs.items()),
+            *(f"{key}={path}" for key, path in exports.items() if path is not None and not key.startswith(name)),
+            *overrides,
+        ])  # fmt: skip
+
+    def newest_export(self, kind: str) -> Path | None:
+        """The export of the stage `kind`; None before it has finished."""
+        return newest_export(self.out / kind)
+
+    def export_of(self, kind: str) -> Path:
+        """The export of a finished stage. UserError where it was removed since."""
+        export = self.newest_export(kind)
+        if export is None:
+            raise UserError(f"{self.out / kind} has lost its export: remove {self.out} and run the demo again")
+        return export
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[bool]:
+        """Time a stage. Gives False where an earlier run has finished it."""
+        if name in self.stages:
+            yield False
+            return
+        print(f"\n== {name}", flush=True)
+        begun = time.monotonic()
+        yield True
+        self.stages[name] = round(time.monotonic() - begun, 1)
+        write_json(self.out / "stages.json", self.stages)
+
+    def train(self, name: str, share: float) -> None:
+        """Train the network `name` for a share of its config's epochs."""
+        with self.stage(name) as todo:
+            if todo:
+                train(self.config(name, share))
+
+    def prepare_all(self) -> None:
+        """Run all stages that MixAR needs: classifier, codecs, shards, prior."""
+        with self.stage("classifier") as todo:
+            if todo and not self.extractor_path.exists():
+                images, labels = pixels(self.image_set("train"), self.config("vae", 1.0).data.image_size)
+                network, accuracy = train_classifier(images, labels, self.classes, steps=self.length.classifier_steps)
+                save_classifier(self.extractor_path, network, accuracy)
+        self.train("vae", self.length.codecs)
+        self.train("tokenizer", self.length.codecs)
+        with self.stage("shards") as todo:
+            if todo:
+                cfg = self.config("prior", self.length.prior)
+                prepare(cfg, training_images(cfg.data), load_vae(cfg.vae), load_tokenizer(cfg.tokenizer), self.device)
+        self.train("prior", self.length.prior)
+
+    @property
+    def extractor_path(self) -> Path:
+        return self.out / "classifier"
+
+    def image_set(self, part: str) -> ImageSet:
+        """The images of `part`: `train`, or `held` out of the training."""
+        cfg = self.config("vae", 1.0).data
+        return split(open_images(cfg), cfg.held_out, seed=0)[0 if part == "train" else 1]
+
+    def pipeline(self, name: str = "mixar") -> MixARPipeline:
+        """The pipeline of the export of stage `name`."""
+        return MixARPipeline.from_pretrained(self.export_of(name), self.device, self.precision)
+
+    def scoring(self) -> tuple[Extractor, Features]:
+        """The classifier as a feature extractor, and its features of the training images."""
+        extractor = make_extractor(str(self.extractor_path), self.device)
+        images, _ = pixels(self.image_set("train"), self.config("vae", 1.0).data.image_size)
+        return extractor, accumulate(images.split(256), extractor)
+
+    def labels_and_seeds(self, count: int) -> tuple[Tensor, Tensor]:
+        """All classes in turn, and seeds 0, 1, ...: int64 [count] each."""
+        seeds = torch.arange(count)
+        return seeds % self.classes, seeds
+
+
+def digest(images: ImageSet) -> str:
+    """SHA-256 of a set's labels and the content of its images, independent of their names.
+
+    Raises:
+        UserError: an image that cannot be read.
+    """
+    total = hashlib.sha256(json.dumps(images.labels).encode())
+    for item in images.items:
+        try:
+            content = item.tobytes() if isinstance(item, np.ndarray) else item.read_bytes()
+        except OSError as error:
+            raise UserError(f"image {item} cannot be read ({error.strerror}): replace it or take it out") from None
+        total.update(len(content).to_bytes(8) + content)
+    return total.hexdigest()
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A record of the demo; empty where there is none yet. UserError for a damaged one."""
+    try:
+        record = json.loads(file.read_text()) if file.exists() else {}
+    except (OSError, ValueError):
+        record = None
+    if not isinstance(record, dict):
+        raise UserError(f"{file} is not what the demo wrote: remove {file.parent} and run the demo again")
+    return record
+
+
+def _differs(before: Any, now: Any) -> bool:
+    """Whether two records differ in entries that both have; paths of weights do not count."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return any(_differs(before[key], now[key]) for key in now if key in before and key != "weights")
+    return bool(before != now)
+
+
+def pixels(images: ImageSet, size: int) -> tuple[Tensor, Tensor]:
+    """All images cropped, uint8 [n, 3, size, size], and their labels [n]."""
+    source = ImageSource(images, size)
+    return torch.stack([source[i][0] for i in range(len(source))]), torch.tensor(images.labels)
