@@ -14,8 +14,8 @@ import mixar
 ROOT = Path(mixar.__file__).parent
 FLOORS = (
     "cards draws environment errors signals",
-    "log resources slurm",
-    "ops files",
+    "files log resources slurm",
+    "ops",
     "config weights dist",
     "command_line",
     "codecs prior mixing",

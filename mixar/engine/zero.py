@@ -19,6 +19,7 @@ from mixar.engine.blocks import prepare_blocks
 from mixar.engine.optim import build_optimizer
 from mixar.engine.slices import Slice
 from mixar.errors import UserError
+from mixar.files import write_json
 
 SETTINGS = "deepspeed.json"  # the configuration that DeepSpeed got, in the run directory
 
@@ -94,7 +95,7 @@ class ZeroEngine(Engine):
         self.stage = stage
         settings = dist.on_main(place, lambda: deepspeed_settings(cfg, stage, place.world))
         if place.is_main:
-            (run_dir / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+            write_json(run_dir / SETTINGS, settings)
         deepspeed = _import(place, cfg.engine.timeout)
         self.peers = c10d.group.WORLD
         if stage == 3:
