@@ -21,7 +21,7 @@ from mixar import dist
 from mixar.checkpoint import RunDirectory, complete_checkpoints
 from mixar.codecs import LatentNorm
 from mixar.command_line import verb_parser
-from mixar.config import Config, check_inputs, images_a_pass, load_config, to_yaml
+from mixar.config import Config, check_inputs, images_per_pass, load_config, to_yaml
 from mixar.data.batch import Source
 from mixar.data.images import ImageSource, training_images
 from mixar.data.loader import ShardSource
@@ -46,7 +46,7 @@ def train(cfg: Config) -> Path:
         Stopped: a signal ended it, after a checkpoint.
     """
     # what cannot be divided, and what is not there, is told before anything is written
-    images_a_pass(cfg, dist.find().world)
+    images_per_pass(cfg, dist.find().world)
     check_inputs(cfg, resumes=bool(complete_checkpoints(Path(cfg.run_dir))))
     kernels = load_kernels(cfg)
     run: RunDirectory | None = None
@@ -123,7 +123,7 @@ def load_kernels(cfg: Config) -> list[str]:
 def tell_start(cfg: Config, source: Source, place: dist.Place) -> None:
     """Log where and how the run will be computed, and how long it is."""
     engine, why = choose_engine(cfg, place)
-    micro = images_a_pass(cfg, place.world)
+    micro = images_per_pass(cfg, place.world)
     log.info("training %s on %s, in %s", cfg.task, place.device, cfg.run_dir)
     log.info("engine %s, for %s; %d ranks on %d nodes, started by %s", engine, why, place.world, place.nodes,
              place.launcher)  # fmt: skip

@@ -1,6 +1,6 @@
 """Every knob once; defaults < yaml < `key=value`, checked."""
 
-from mixar.config.checks import check_sample, images_a_pass
+from mixar.config.checks import check_sample
 from mixar.config.inputs import check_inputs, missing_inputs
 from mixar.config.knobs import (
     ATTENTIONS,
@@ -24,6 +24,7 @@ from mixar.config.knobs import (
     VAEConfig,
 )
 from mixar.config.loading import load_config, section_from_dict, to_dict, to_yaml, validate, value_of
+from mixar.config.passes import images_per_pass
 from mixar.config.presets import PRESETS
 from mixar.config.respacing import STEPS, respaced_steps
 
@@ -51,7 +52,7 @@ __all__ = [
     "VAEConfig",
     "check_inputs",
     "check_sample",
-    "images_a_pass",
+    "images_per_pass",
     "load_config",
     "missing_inputs",
     "respaced_steps",
