@@ -22,7 +22,7 @@ FLOORS = (
     "model",
     "data engine sampling metrics",
     "checkpoint evaluation objectives plan watch",
-    "trainer",
+    "tasks trainer",
     "train",
     "verbs",
     "__main__",
