@@ -23,7 +23,7 @@ from mixar.config.knobs import (
     TrainConfig,
     VAEConfig,
 )
-from mixar.config.loading import load_config, section_from_dict, to_dict, to_yaml, validate, value_of
+from mixar.config.loading import config_files, load_config, section_from_dict, to_dict, to_yaml, validate, value_of
 from mixar.config.passes import images_per_pass
 from mixar.config.presets import PRESETS
 from mixar.config.respacing import STEPS, respaced_steps
@@ -52,6 +52,7 @@ __all__ = [
     "VAEConfig",
     "check_inputs",
     "check_sample",
+    "config_files",
     "images_per_pass",
     "load_config",
     "missing_inputs",
