@@ -17,6 +17,7 @@ from mixar.__main__ import EXTRAS
 from mixar.command_line import VERBS
 from mixar.evaluation.classifier import save_classifier, train_classifier
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # how OpenMP's threads wait
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
