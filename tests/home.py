@@ -142,7 +142,8 @@ def _run_as_program(arguments: list[str], env: dict[str, str], log: Path) -> Non
 
 
 def fork_ranks(arguments: Sequence[str], world: int, local: int | None, log: Path) -> list[Forked]:
-    """`start_ranks` with processes that are forked."""
+    """Ranks as by `start_ranks`, forked."""
+    log.touch()
     return [Forked(arguments, dict(os.environ | place), log) for place in rank_environments(world, local)]
 
 
