@@ -2,7 +2,7 @@
 PYTHON ?= python3
 READY := .venv/installed
 
-.PHONY: demo demo-short test bench lint
+.PHONY: demo demo-short test test-fast bench lint
 
 demo: $(READY)
 	.venv/bin/mixar demo
@@ -12,6 +12,9 @@ demo-short: $(READY)
 
 test: $(READY)
 	.venv/bin/python -m pytest
+
+test-fast: $(READY)
+	.venv/bin/python -m pytest -m 'not slow'
 
 bench: $(READY)
 	.venv/bin/python benchmarks/bench.py

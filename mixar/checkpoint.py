@@ -140,15 +140,11 @@ class RunDirectory:
         if not self.place.is_main:
             return
         (aside / "config.yaml").write_text(to_yaml(self.cfg))
-        (aside / "progress.json").write_text(json.dumps({"format": FORMAT, **vars(progress), "data": self.data}))
+        files.write_json(aside / "progress.json", {"format": FORMAT, **vars(progress), "data": self.data})
         own = (_sums(aside, name) for name in (".metadata", "config.yaml", "progress.json"))
         sums = {name: value for part in [*parts, *own] for name, value in part.items()}
-        (aside / DONE).write_text(json.dumps(sums, indent=2) + "\n")
-        files.sync(*aside.iterdir(), aside)
-        if final.exists():
-            final.rename(_gone(final))
-        aside.rename(final)
-        files.sync(folder)
+        files.write_json(aside / DONE, sums)
+        files.put_in_place(aside, final, _gone(final))
         # not later ones: a run that had to go back has not reached them again
         kept = [old for old in self.checkpoints() if int(old.name) <= progress.images]
         for old in kept[: -self.cfg.train.keep]:
@@ -181,7 +177,7 @@ class RunDirectory:
         reasons = [reason for reason in dist.gather(self.place, error and _reason(error)) if reason is not None]
         if not reasons:
             return
-        if error is not None and not isinstance(error, CheckpointException | OSError | dist.ElsewhereError):
+        if error is not None and not isinstance(error, CheckpointException | OSError | UserError):
             raise error
         kept = self.checkpoints()
         if self.place.is_main:
@@ -324,6 +320,8 @@ def _reason(error: BaseException) -> str:
     """The reason why a checkpoint cannot be read, in one line; CheckpointException wraps the errors of the ranks."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
+    if isinstance(error, UserError):  # of `files`, which gives advice of its own
+        error = error.__cause__ or error
     return " ".join(str(error).split())[:200]
 
 

@@ -88,16 +88,21 @@ def creating_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
     try:
         part.mkdir(parents=True)
         yield part
-        sync(*(Path(folder, name) for folder, _, names in os.walk(part) for name in ["", *names]))
-        if target.exists():
-            target.rename(old)
-        part.rename(target)
-        sync(target.parent)
+        put_in_place(part, target, old)
     except OSError as error:
         raise _unwritable(target, part, error) from error
     finally:
         for left in (part, old):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def put_in_place(part: Path, target: Path, old: Path) -> None:
+    """Bring the folder `part` to the disk and name it `target`; a folder that has that name becomes `old`. OSError."""
+    sync(*(Path(folder, name) for folder, _, names in os.walk(part) for name in ["", *names]))
+    if target.exists():
+        target.rename(old)
+    part.rename(target)
+    sync(target.parent)
 
 
 def write_text(path: str | Path, text: str) -> None:

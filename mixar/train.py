@@ -12,29 +12,24 @@ import argparse
 import errno
 import os
 from functools import partial
-from typing import Any
 
-import torch
 import torch.distributed as c10d
 
 from mixar import dist
 from mixar.checkpoint import RunDirectory, complete_checkpoints
-from mixar.codecs import LatentNorm
 from mixar.command_line import verb_parser
-from mixar.config import Config, check_inputs, images_a_pass, load_config, to_yaml
+from mixar.config import Config, check_inputs, images_per_pass, load_config, to_yaml
 from mixar.data.batch import Source
-from mixar.data.images import ImageSource, training_images
-from mixar.data.loader import ShardSource
-from mixar.data.manifest import Manifest, check_manifest, check_pre_drawn, read_manifest
 from mixar.data.remote import check_cache
 from mixar.engine import choose_engine
 from mixar.errors import PassingError, UserError, report
 from mixar.files import write_text
 from mixar.log import keep_in_log, log
 from mixar.model.attention import prepare_attention
-from mixar.objectives import MixARObjective, Objective, PriorObjective, TokenizerObjective, VAEObjective
+from mixar.objectives import MixARObjective
 from mixar.ops import load
 from mixar.plan import make_plan, render
+from mixar.tasks import build_objective, open_data
 from mixar.trainer import Stopped, Trainer
 
 
@@ -46,7 +41,7 @@ def train(cfg: Config) -> Path:
         Stopped: a signal ended it, after a checkpoint.
     """
     # what cannot be divided, and what is not there, is told before anything is written
-    images_a_pass(cfg, dist.find().world)
+    images_per_pass(cfg, dist.find().world)
     check_inputs(cfg, resumes=bool(complete_checkpoints(Path(cfg.run_dir))))
     kernels = load_kernels(cfg)
     run: RunDirectory | None = None
@@ -54,9 +49,8 @@ def train(cfg: Config) -> Path:
         place = dist.start(cfg.engine.timeout)
         run = RunDirectory(cfg, place)
         dist.on_main(place, partial(check_cache, cfg.data.shards, cfg.data.cache))
-        source = open_source(cfg)
-        data = describe_data(cfg, source)
-        objective = build_objective(cfg, source, place.device, data)
+        source, data = open_data(cfg)
+        objective = build_objective(cfg, data, place.device, source)
         dist.on_main(place, objective.open)
         if isinstance(objective, MixARObjective) and objective.prior is not None:
             data["prior"] = objective.frozen.fingerprints["prior"]  # TI-Mix draws from it
@@ -123,7 +117,7 @@ def load_kernels(cfg: Config) -> list[str]:
 def tell_start(cfg: Config, source: Source, place: dist.Place) -> None:
     """Log where and how the run will be computed, and how long it is."""
     engine, why = choose_engine(cfg, place)
-    micro = images_a_pass(cfg, place.world)
+    micro = images_per_pass(cfg, place.world)
     log.info("training %s on %s, in %s", cfg.task, place.device, cfg.run_dir)
     log.info("engine %s, for %s; %d ranks on %d nodes, started by %s", engine, why, place.world, place.nodes,
              place.launcher)  # fmt: skip
@@ -142,55 +136,6 @@ def precision_table(cfg: Config) -> str:
         "norms, diffusion, loss": "float32",
     }
     return "precision\n" + "\n".join(f"  {what:<34}{kind}" for what, kind in rows.items())
-
-
-def open_source(cfg: Config) -> Source:
-    """Images for the codecs, shards that fit the config for the prior and MixAR."""
-    if cfg.task in ("vae", "tokenizer"):
-        return ImageSource(training_images(cfg.data), cfg.data.image_size)
-    manifest = read_manifest(cfg.data.shards, cfg.data.cache)
-    check_manifest(manifest, cfg)
-    pre_drawn = cfg.task == "mixar" and cfg.ti_mix.enabled and cfg.ti_mix.source == "shards"
-    source = ShardSource(cfg.data.shards, cfg.data.cache, pre_drawn)
-    if source.recipe is not None:
-        check_pre_drawn(source.recipe, manifest, cfg)
-    return source
-
-
-def describe_data(cfg: Config, source: Source) -> dict[str, Any]:
-    """What is trained on, as plain values: digests of the data and the networks that made it, and the normalisation.
-
-    A run is held to it, and its checkpoints keep it: `mixar export` needs no shards.
-    """
-    if isinstance(source, ImageSource):
-        return {"images": source.images.fingerprint}
-    assert isinstance(source, ShardSource)
-    manifest = read_manifest(cfg.data.shards, cfg.data.cache)
-    data = {"shards": source.digest, "vae": manifest.vae, "tokenizer": manifest.tokenizer, "count": manifest.count}
-    if source.recipe is not None:
-        data["pre_drawn"] = source.recipe
-    if cfg.task == "mixar":
-        data["latents"] = latent_norm(cfg, manifest).to_dict()
-    return data
-
-
-def build_objective(cfg: Config, source: Source, device: torch.device, data: dict[str, Any]) -> Objective:
-    """The objective that `task` names; `data` as `describe_data` gives it."""
-    if cfg.task == "mixar":
-        return MixARObjective(cfg, LatentNorm.from_dict(data["latents"]), device, data)
-    if cfg.task == "prior":
-        return PriorObjective(cfg, data)
-    assert isinstance(source, ImageSource)
-    shown = torch.stack([source[i][0] for i in range(min(16, len(source)))])
-    return VAEObjective(cfg, shown) if cfg.task == "vae" else TokenizerObjective(cfg, shown)
-
-
-def latent_norm(cfg: Config, manifest: Manifest | None = None) -> LatentNorm:
-    """MAR's factor where `vae.latent_scale` is set, else the statistics in the shards' manifest."""
-    if cfg.vae.latent_scale is not None:
-        return LatentNorm.from_scale(cfg.vae.latent_scale, cfg.vae.latent_channels)
-    manifest = manifest or read_manifest(cfg.data.shards, cfg.data.cache)
-    return LatentNorm(torch.tensor(manifest.latent_mean), torch.tensor(manifest.latent_std))
 
 
 def run(args: argparse.Namespace) -> None:

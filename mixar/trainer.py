@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mixar import dist, draws
 from mixar.checkpoint import Progress, RunDirectory
-from mixar.config import Config, images_a_pass
+from mixar.config import Config, images_per_pass
 from mixar.data.batch import Batch, Source
 from mixar.data.loader import Loader
 from mixar.dist import Agreement, Place
@@ -49,15 +49,12 @@ class Trainer:
         self.cfg, self.objective, self.source, self.place, self.run_dir = cfg, objective, source, place, run
         self.count = sum(source.shard_sizes)
         task = _Task(objective, cfg, fresh=not dist.on_main(place, run.checkpoints))
-        self.engine = build_engine(cfg, task, self._lr, place, run.path)
+        self.engine = build_engine(cfg, task, place)
         task.given.clear()  # they are in the engine now
         dist.limit_groups(cfg.engine.timeout)
         self.progress = run.load(self.engine)
         self._saved = self.progress
         self.steps = math.ceil(cfg.train.epochs * self.count / cfg.train.batch)
-
-    def _lr(self, epoch: float) -> float:
-        return learning_rate(self.cfg.optim, self.cfg.train.batch, epoch, self.cfg.train.epochs)
 
     def epoch(self, step: int) -> float:
         """Epochs seen after `step` steps."""
@@ -95,7 +92,8 @@ class Trainer:
                 if tell:
                     self._handle_skips(recent)
                     assert info.ema_distance is not None
-                    means = averages.drain() | {"lr": self._lr(epoch), "ema_distance": info.ema_distance.item()}
+                    means = averages.drain()
+                    means |= {"lr": learning_rate(self.cfg, epoch), "ema_distance": info.ema_distance.item()}
                     if metrics is not None:
                         metrics.write(step + 1, self.progress.images, means, wait)
                     wait = 0.0
@@ -137,7 +135,7 @@ class Trainer:
     def _batches(self) -> Generator[list[Batch], None, None]:
         """This rank's micro-batches of each step, from where the run stands."""
         train = self.cfg.train
-        micro = images_a_pass(self.cfg, self.place.world)
+        micro = images_per_pass(self.cfg, self.place.world)
         loader = Loader(
             self.source, self.cfg.seed, train.batch, micro, self.place.rank, self.place.world, self.cfg.data.workers,
             self.cfg.data.flip, start=self.progress.images,

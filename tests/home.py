@@ -1,8 +1,10 @@
 """What runs need to be tried on: a small set of shards with its frozen networks, and several processes."""
 
 import json
+import multiprocessing
 import os
 import random
+import runpy
 import socket
 import subprocess
 import sys
@@ -22,6 +24,9 @@ from mixar.prior import Prior
 from mixar.weights import read_export, write_export
 
 ROOT = Path(__file__).resolve().parents[1]
+# a process that has imported what training needs, which takes seconds, and that others are forked from
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["mixar.train", "deepspeed"])
 CONFIG = """
 run_dir: {root}/run
 data: {{images: {root}/images, shards: {root}/shards, image_size: 16, classes: 2, workers: 0}}
@@ -117,7 +122,46 @@ def start_ranks(
     ]  # fmt: skip
 
 
-def end(processes: list[subprocess.Popen], seconds: float = 120) -> list[int]:
+class Forked:
+    """`python ARGUMENTS` in a process that need not import again what training needs; as Popen, as far as `end` asks.
+
+    What tests signals, launchers or the names of processes takes `start_ranks`.
+    """
+
+    def __init__(self, arguments: Sequence[str], env: dict[str, str], log: Path) -> None:
+        self.process = FORKS.Process(target=_run_as_program, args=(list(arguments), env, log))
+        self.process.start()
+        self.kill = self.process.kill
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self) -> int | None:
+        self.process.join()
+        return self.process.exitcode
+
+
+def _run_as_program(arguments: list[str], env: dict[str, str], log: Path) -> None:
+    with log.open("a") as out:
+        os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
+    os.environ.update(env)
+    torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
+    os.chdir(ROOT)
+    if arguments[0] == "-c":
+        sys.argv = ["-c", *arguments[2:]]
+        exec(arguments[1], {"__name__": "__main__"})
+    else:
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+def fork_ranks(arguments: Sequence[str], world: int, local: int | None, log: Path) -> list[Forked]:
+    """Ranks as by `start_ranks`, forked."""
+    log.touch()
+    return [Forked(arguments, dict(os.environ | place), log) for place in rank_environments(world, local)]
+
+
+def end(processes: Sequence[subprocess.Popen | Forked], seconds: float = 120) -> list[int | None]:
     """Wait as a launcher does: when one rank fails, the others are ended. The exit statuses."""
     limit = time.monotonic() + seconds
     while any(process.poll() is None for process in processes):

@@ -76,6 +76,72 @@ def test_defaults_yield_to_yaml_and_yaml_to_overrides(file: Path) -> None:
     assert config.optim.lr == 1e-3
 
 
+def write(folder: Path, files: dict[str, str]) -> Path:
+    """Files of a folder; the first one's path."""
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    return folder / next(iter(files))
+
+
+def test_a_file_goes_over_its_bases_and_overrides_over_all(tmp_path: Path) -> None:
+    file = write(tmp_path, {
+        "own.yaml": "base: more/second.yaml\nseed: 3\ntrain: {epochs: 30}\n",
+        "more/second.yaml": "base: ../first.yaml\nseed: 2\ntrain: {epochs: 20, keep: 20}\n",
+        "first.yaml": "seed: 1\nrun_dir: 007\ntrain: {epochs: 10, keep: 10, log_every: 10, batch: 64}\n",
+    })  # fmt: skip
+    config = load_config(file, ["train.batch=32"])
+    assert (config.seed, config.train.epochs, config.train.keep, config.train.log_every) == (3, 30.0, 20, 10)
+    assert config.run_dir == "007" and config.train.batch == 32
+    file.write_text(to_yaml(config))
+    assert "base" not in file.read_text() and load_config(file) == config
+
+
+def test_a_config_that_travels_with_mixar_is_a_base_by_its_name(file: Path) -> None:
+    file.write_text("base: ti_mix_l\nseed: 5\n")
+    assert load_config(file) == load_config("ti_mix_l", ["seed=5"])
+    assert to_dict(load_config("ti_mix_l")) == to_dict(
+        load_config("mixar_l", ["run_dir=runs/ti_mix_l", "ti_mix.enabled=true"])
+    )
+
+
+def test_a_copied_config_brings_its_base(tmp_path: Path, capsys) -> None:
+    assert main(["configs", "ti_mix_l", "--copy", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mixar_l.yaml", "ti_mix_l.yaml"]
+    assert load_config(tmp_path / "ti_mix_l.yaml") == load_config("ti_mix_l")
+
+
+def test_what_follows_a_value_follows_that_of_the_last_file(file: Path) -> None:
+    file.write_text("base: mixar_l\ndata: {classes: 7}\n")
+    assert load_config(file).model.classes == load_config(file).prior.classes == 7
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({"a.yaml": "base: b.yaml"}, r"base: b.yaml in \S+/a.yaml names \S+/b.yaml, where no file is: write its path"),
+        ({"a.yaml": "base: bb.yaml", "b.yaml": ""}, r"/bb.yaml, where no file is: .* Did you mean 'b.yaml'\?"),
+        ({"a.yaml": "base: a.yaml"}, r"base: a.yaml in \S+/a.yaml makes a circle, \S+/a.yaml -> \S+/a.yaml: take"),
+        ({"a.yaml": "base: b.yaml", "b.yaml": "base: a.yaml"}, r"in \S+/b.yaml .*/a.yaml -> \S+/b.yaml -> \S+/a.yaml"),
+        ({"a.yaml": "base: b.yaml", "b.yaml": "sed: 1"}, r"/b.yaml: unknown key 'sed'. Did you mean 'seed'\?"),
+        ({"a.yaml": "base: b.yaml", "b.yaml": "seed: x"}, r"/b.yaml: seed: "),
+        ({"a.yaml": "base: b.yaml", "b.yaml": "- seed"}, r"/b.yaml must hold `key: value` lines"),
+        ({"a.yaml": "base: more", "more/c.yaml": ""}, r"names \S+/more, where no file is"),
+        ({"a.yaml": "base: 3"}, r"/a.yaml has base: 3, which is not a path"),
+        ({"a.yaml": "base:"}, r"/a.yaml has base: None, which is not a path"),
+        ({"a.yaml": f"base: {'b' * 300}.yaml"}, r"cannot be read \(File name too long\)"),
+    ],
+)  # fmt: skip
+def test_a_base_that_cannot_be_is_refused(tmp_path: Path, files: dict[str, str], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        load_config(write(tmp_path, files))
+
+
+def test_a_base_stands_in_a_file_only() -> None:
+    with pytest.raises(UserError, match="base=mixar_l: unknown key 'base'"):
+        load_config(None, ["base=mixar_l"])
+
+
 def test_later_overrides_win() -> None:
     assert load_config(None, ["seed=1", "seed=2"]).seed == 2
 

@@ -18,6 +18,7 @@ from mixar.command_line import VERBS
 from mixar.demo.classifier import train_classifier
 from mixar.evaluation.classifier import save_classifier
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # how OpenMP's threads wait
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

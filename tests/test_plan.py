@@ -156,11 +156,11 @@ def test_measuring_what_is_kept_leaves_nothing_behind() -> None:
         gc.enable()
 
 
-def test_states_are_what_an_engine_holds_and_their_sum_bounds_a_step(tmp_path: Path, as_on_cuda) -> None:
+def test_states_are_what_an_engine_holds_and_their_sum_bounds_a_step(as_on_cuda) -> None:
     cfg = config(*MIDDLE)
     planned = layout_of(cfg).memory("ddp")
     objective, _ = objective_of(cfg)
-    engine = build_engine(cfg, objective, lambda epoch: 1e-3, PLACE, tmp_path)
+    engine = build_engine(cfg, objective, PLACE)
     assert isinstance(engine, ReplicatedEngine)
     parameters = list(engine.parameters.values())
     gradients: list[int] = []

@@ -14,8 +14,8 @@ import mixar
 ROOT = Path(mixar.__file__).parent
 FLOORS = (
     "cards draws environment errors signals",
-    "log resources slurm",
-    "ops files",
+    "files log resources slurm",
+    "ops",
     "config weights dist",
     "sampling_flags",
     "command_line",
@@ -23,7 +23,7 @@ FLOORS = (
     "data model",
     "engine sampling metrics",
     "checkpoint evaluation objectives plan watch",
-    "trainer",
+    "tasks trainer",
     "train",
     "demo",
     "verbs",

@@ -1,6 +1,6 @@
 """Every knob once; defaults < yaml < `key=value`, checked."""
 
-from mixar.config.checks import check_sample, check_sample_values, images_a_pass
+from mixar.config.checks import check_sample, check_sample_values
 from mixar.config.inputs import check_inputs, missing_inputs
 from mixar.config.knobs import (
     ATTENTIONS,
@@ -24,7 +24,8 @@ from mixar.config.knobs import (
     TrainConfig,
     VAEConfig,
 )
-from mixar.config.loading import load_config, section_from_dict, to_dict, to_yaml, validate, value_of
+from mixar.config.loading import config_files, load_config, section_from_dict, to_dict, to_yaml, validate, value_of
+from mixar.config.passes import images_per_pass
 from mixar.config.presets import PRESETS
 from mixar.config.respacing import STEPS, even_times, respaced_steps
 
@@ -54,8 +55,9 @@ __all__ = [
     "check_inputs",
     "check_sample",
     "check_sample_values",
+    "config_files",
     "even_times",
-    "images_a_pass",
+    "images_per_pass",
     "load_config",
     "missing_inputs",
     "respaced_steps",

@@ -6,6 +6,7 @@ import unicodedata
 from typing import Any
 
 from mixar.config.knobs import Config, SampleConfig
+from mixar.config.passes import images_per_pass
 from mixar.config.respacing import RESPACINGS, respaced_steps
 from mixar.errors import SettingError, UserError
 
@@ -22,7 +23,7 @@ def validate(config: Config) -> None:
     _check_values(config)
     _check_networks(config)
     _check_tokens(config)
-    images_a_pass(config, ranks=1)
+    images_per_pass(config, ranks=1)
     check_sample(config.sample)
     if config.task == "mixar":
         RESPACINGS[config.model.process](config.sample.diffusion_steps, config.sample.diffusion_start + 1)
@@ -177,34 +178,6 @@ def _check_tokens(config: Config) -> None:
         raise UserError(
             "ti_mix.enabled=true needs discrete tokens: write model.guidance=dc_mix, or ti_mix.enabled=false"
         )
-
-
-def images_a_pass(config: Config, ranks: int) -> int:
-    """The micro-batch of a run on so many ranks: `train.micro_batch`, else each rank's whole share of the batch.
-
-    Raises:
-        UserError: a batch that does not divide over the ranks, a share into passes, or a pass into groups of masks.
-    """
-    batch, mask = config.train.batch, config.mask
-    if batch % ranks:
-        fitting = math.ceil(batch / ranks) * ranks
-        raise UserError(f"train.batch={batch} does not divide over {ranks} ranks: write train.batch={fitting}")
-    share = batch // ranks
-    micro = config.train.micro_batch or share
-    if share % micro:
-        whole = f"train.batch={batch}" if ranks == 1 else f"the {share} images of each of {ranks} ranks"
-        fitting = math.ceil(share / micro) * micro * ranks
-        raise UserError(
-            f"train.micro_batch={micro} does not divide {whole}: write train.batch={fitting}, or "
-            f"train.micro_batch={math.gcd(micro, share)}"
-        )
-    if config.task == "mixar" and mask.ratio_scope == "image" and micro % mask.group:
-        among = "" if ranks == 1 else f" on {ranks} ranks"
-        raise UserError(
-            f"mask.group={mask.group} does not divide the micro-batch {micro}{among}: "
-            f"write mask.group={math.gcd(mask.group, micro)}, or a train.micro_batch that it divides"
-        )
-    return micro
 
 
 # what is an interpolation by default, and cannot be another value

@@ -1,6 +1,7 @@
-"""From defaults, a yaml file and `key=value` to a checked config, and back to plain values."""
+"""From defaults, a yaml file, its bases and `key=value` to a checked config, and back to plain values."""
 
 import dataclasses
+import os
 import re
 import sys
 import typing
@@ -15,22 +16,26 @@ from omegaconf.errors import OmegaConfBaseException
 from mixar.config.checks import get, validate
 from mixar.config.knobs import Config
 from mixar.errors import UserError, did_you_mean
-from mixar.resources import find_config
+from mixar.resources import config_names, find_config
 
 Section = TypeVar("Section")
 
 
 def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:
-    """Defaults < the yaml file at `path` < `key=value` overrides, checked.
+    """Defaults < the bases of the yaml file at `path` < the file < `key=value` overrides, checked.
+
+    A line `base: other.yaml` in a file takes the values of that file, by its path from the file's own folder or by the
+    name of a config that travels with mixar. It may have a base itself.
 
     `trust_pickle` holds for one command, so that it is heeded in an override only.
 
     Raises:
-        UserError: a file that is missing or no yaml, an unknown key, a wrong type, an impossible combination.
+        UserError: a file that is missing or no yaml, bases that go in a circle, an unknown key, a wrong type, an
+            impossible combination.
     """
     merged = _defaults()
-    layers = [] if path is None else [(_read_yaml(Path(path)), str(path))]
-    trusting = any(values.pop("trust_pickle", False) for values, _ in layers)
+    layers = [] if path is None else [(values, str(file)) for file, values in _read_files(path).items()]
+    trusting = any([values.pop("trust_pickle", False) for values, _ in layers])
     layers += [(_read_override(text), text) for text in overrides or []]
     for layer, source in layers:
         _check_keys(layer, Config, source)
@@ -85,14 +90,48 @@ def _defaults() -> Any:
     return OmegaConf.structured(Config)  # takes longer than all that follows
 
 
-def _read_yaml(path: str | Path) -> dict[str, Any]:
+def config_files(path: str | Path) -> list[Path]:
+    """The files that a config is read from: its bases, the first first, and itself. UserError as `load_config`."""
+    return list(_read_files(path))
+
+
+def _read_files(path: str | Path) -> dict[Path, dict[str, Any]]:
+    """The values in each of `config_files`."""
+    found: dict[Path, dict[str, Any]] = {}
     try:
         file = find_config(path)
-        text = file.read_text(encoding="utf-8-sig")
+        while True:
+            values = found[file] = _read_yaml(file)
+            if "base" not in values:
+                return dict(reversed(found.items()))
+            file = _find_base(values.pop("base"), file, [*found])
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): name a yaml file") from None
+        raise UserError(f"{error.filename or path} cannot be read ({error.strerror}): name a yaml file") from None
+
+
+def _find_base(base: Any, file: Path, found: list[Path]) -> Path:
+    """The file that the line `base: {base}` of `file` means, when `found` have been read."""
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{file} has base: {base}, which is not a path: write the path of a yaml file, or no base")
+    beside = Path(os.path.normpath(file.parent / base))
+    there = find_config(base) if base in config_names() and not beside.exists() else beside
+    if there.resolve() in [path.resolve() for path in found]:
+        circle = " -> ".join(map(str, [*found, there]))
+        raise UserError(f"base: {base} in {file} makes a circle, {circle}: take the line out of one of them")
+    if not there.is_file():
+        hint = did_you_mean(base, [path.name for path in file.parent.glob("*.yaml") if path not in found])
+        raise UserError(
+            f"base: {base} in {file} names {there}, where no file is: write its path from {file.parent} on, or the "
+            f"name of a config, such as base: mixar_l.{hint}"
+        )
+    return there
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not text in UTF-8: name a yaml file, or save it in UTF-8") from None
+        raise UserError(f"{file} is not text in UTF-8: name a yaml file, or save it in UTF-8") from None
     try:
         values = OmegaConf.to_container(OmegaConf.create(text))
     except Exception as error:  # of yaml, of omegaconf, and what their own code runs into

@@ -1,8 +1,5 @@
 """How a model is stepped over the ranks of a run: accumulation, clipping, finite check, optimizer, EMA."""
 
-from collections.abc import Callable
-from pathlib import Path
-
 from mixar.config import Config
 from mixar.dist import Place
 from mixar.engine.base import Engine, Scalars, StepInfo, Trainable
@@ -23,9 +20,7 @@ def choose_engine(cfg: Config, place: Place) -> tuple[str, str]:
     return ("fsdp", "all ranks are on one node") if place.nodes == 1 else ("hsdp", f"there are {place.nodes} nodes")
 
 
-def build_engine(
-    cfg: Config, task: Trainable, lr: Callable[[float], float], place: Place, run_dir: Path
-) -> Engine:
+def build_engine(cfg: Config, task: Trainable, place: Place) -> Engine:
     """The engine that `choose_engine` chooses, its weights at their first values; a collective.
 
     Raises:
@@ -33,9 +28,9 @@ def build_engine(
     """
     name, _ = choose_engine(cfg, place)
     if name == "ddp":
-        return ReplicatedEngine(cfg, task, lr, place)
+        return ReplicatedEngine(cfg, task, place)
     if name in ("fsdp", "hsdp"):
-        return FSDPEngine(cfg, task, lr, place, hybrid=name == "hsdp")
+        return FSDPEngine(cfg, task, place, hybrid=name == "hsdp")
     from mixar.engine.zero import ZeroEngine  # brings DeepSpeed, which takes seconds
 
-    return ZeroEngine(cfg, task, lr, place, int(name.removeprefix("zero")), run_dir)
+    return ZeroEngine(cfg, task, place, int(name.removeprefix("zero")))

@@ -1,7 +1,7 @@
 """What the trainer sees of an engine, and what engines share; they differ in who holds which slice of the weights."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mixar.config import Config
 from mixar.dist import Place
+from mixar.engine.optim import learning_rate
 from mixar.engine.slices import Slice, load_slices
 
 Scalars = dict[str, Tensor]  # name to float32 [2]: a sum and a count, so that means add up over batches and ranks
@@ -84,8 +85,8 @@ class Engine(ABC):
     peers: Any = None  # a process group
     copies: tuple[int, int] = (0, 1)
 
-    def __init__(self, cfg: Config, lr: Callable[[float], float], task: Trainable, place: Place) -> None:
-        self.cfg, self.lr, self.loss, self.place = cfg, lr, task.loss, place
+    def __init__(self, cfg: Config, task: Trainable, place: Place) -> None:
+        self.cfg, self.loss, self.place = cfg, task.loss, place
         self.survey = getattr(task, "survey", None)
         self.updates = torch.zeros(1, device=place.device)  # steps taken, skipped ones not counted
 
@@ -97,7 +98,7 @@ class Engine(ABC):
         """
         self.model.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr(epoch)
+            group["lr"] = learning_rate(self.cfg, epoch)
         total = torch.zeros((), device=self.place.device)
         scalars: Scalars = {}
         if self.survey is not None and len(batches) * self.place.world > 1:

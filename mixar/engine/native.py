@@ -1,6 +1,5 @@
 """The engines of torch itself: replicated weights (DDP, or one process), and FSDP2, flat or hybrid."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -24,8 +23,8 @@ from mixar.engine.slices import Slice
 class NativeEngine(Engine):
     """The step that DDP and FSDP2 share. AdamW works on this rank's slices, not knowing how they are cut."""
 
-    def __init__(self, cfg: Config, task: Trainable, lr: Callable[[float], float], place: Place) -> None:
-        super().__init__(cfg, lr, task, place)
+    def __init__(self, cfg: Config, task: Trainable, place: Place) -> None:
+        super().__init__(cfg, task, place)
         with torch.device("meta"):  # nothing is allocated before it is clear which part of it is held here
             network = task.build()
         prepare_blocks(network, cfg.engine)
@@ -116,11 +115,9 @@ class FSDPEngine(NativeEngine):
     All of them travel as float32, so that norms and embeddings see the weights that the other engines see.
     """
 
-    def __init__(
-        self, cfg: Config, task: Trainable, lr: Callable[[float], float], place: Place, hybrid: bool
-    ) -> None:
+    def __init__(self, cfg: Config, task: Trainable, place: Place, hybrid: bool) -> None:
         self.hybrid = hybrid
-        super().__init__(cfg, task, lr, place)
+        super().__init__(cfg, task, place)
 
     def _shard(self, network: nn.Module) -> None:
         place = self.place

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixar.config import OptimConfig
+from mixar.config import Config, OptimConfig
 from mixar.errors import UserError
 
 
@@ -71,12 +71,13 @@ def apex_adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torc
         ) from None
 
 
-def learning_rate(cfg: OptimConfig, batch: int, epoch: float, epochs: float) -> float:
+def learning_rate(cfg: Config, epoch: float) -> float:
     """lr after `epoch` epochs: linear scaling with the global batch, linear warm-up, then the schedule."""
-    peak = cfg.lr * batch / 256
-    if epoch < cfg.warmup_epochs:
-        return peak * epoch / cfg.warmup_epochs
-    if cfg.schedule == "constant":
+    optim, train = cfg.optim, cfg.train
+    peak = optim.lr * train.batch / 256
+    if epoch < optim.warmup_epochs:
+        return peak * epoch / optim.warmup_epochs
+    if optim.schedule == "constant":
         return peak
-    progress = min(1.0, (epoch - cfg.warmup_epochs) / max(epochs - cfg.warmup_epochs, 1e-9))
-    return peak * (1 - progress if cfg.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2)
+    progress = min(1.0, (epoch - optim.warmup_epochs) / max(train.epochs - optim.warmup_epochs, 1e-9))
+    return peak * (1 - progress if optim.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2)

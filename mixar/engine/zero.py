@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,14 @@ import torch.distributed as c10d
 from torch import Tensor
 
 from mixar import dist
-from mixar.config import Config, images_a_pass
+from mixar.config import Config, images_per_pass
 from mixar.dist import Place
 from mixar.engine.base import MOMENTS, Engine, Trainable
 from mixar.engine.blocks import prepare_blocks
 from mixar.engine.optim import build_optimizer
 from mixar.engine.slices import Slice
 from mixar.errors import UserError
+from mixar.files import write_json
 
 SETTINGS = "deepspeed.json"  # the configuration that DeepSpeed got, in the run directory
 
@@ -29,7 +29,7 @@ def deepspeed_settings(cfg: Config, stage: int, world: int) -> dict[str, Any]:
     Raises:
         UserError: no such file, or one that contradicts the config.
     """
-    micro = images_a_pass(cfg, world)
+    micro = images_per_pass(cfg, world)
     ours: dict[str, Any] = {
         "train_batch_size": cfg.train.batch,
         "train_micro_batch_size_per_gpu": micro,
@@ -86,15 +86,12 @@ def _merged(ours: dict[str, Any], theirs: dict[str, Any], file: Path, prefix: st
 class ZeroEngine(Engine):
     """ZeRO under the same AdamW and the same checkpoints as the other engines; DeepSpeed's own are not used."""
 
-    def __init__(
-        self, cfg: Config, task: Trainable, lr: Callable[[float], float], place: Place, stage: int,
-        run_dir: Path,
-    ) -> None:  # fmt: skip
-        super().__init__(cfg, lr, task, place)
+    def __init__(self, cfg: Config, task: Trainable, place: Place, stage: int) -> None:
+        super().__init__(cfg, task, place)
         self.stage = stage
         settings = dist.on_main(place, lambda: deepspeed_settings(cfg, stage, place.world))
         if place.is_main:
-            (run_dir / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+            write_json(Path(cfg.run_dir, SETTINGS), settings)
         deepspeed = _import(place, cfg.engine.timeout)
         self.peers = c10d.group.WORLD
         if stage == 3:

@@ -12,7 +12,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+from mixar.errors import UserError
+from mixar.files import replacing
 from mixar.log import log
 from mixar.resources import SOURCES
 
@@ -48,7 +49,7 @@ def library(device: str) -> Path:
         raise BuildError("this installation has no csrc/: install mixar anew")
     if missing := [name for name in compilers if shutil.which(name) is None]:
         raise BuildError(f"no {' and no '.join(missing)} on the PATH")
-    inputs = [torch.__version__, *(text for step in _steps(device, Path("out")) for text in step)]
+    inputs = [torch.__version__, *(text for step in _steps(device, Path(device)) for text in step)]
     inputs += [_output([name, "--version"]) for name in compilers]
     if device == "cpu":
         inputs.append(_processor())  # -march=native gives other code on another processor
@@ -72,12 +73,11 @@ def build(device: str) -> Path:
         with FileLock(path.with_suffix(".lock")):
             if not path.exists():
                 log.info("building the %s operators, once", device)
-                with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                    for step in _steps(device, Path(folder)):
+                with replacing(path) as part:
+                    for step in _steps(device, part):
                         _output(step)
-                    os.replace(Path(folder) / path.stem.split("-")[0], path)
-    except OSError as error:
-        raise BuildError(f"{path.parent} cannot be written ({error.strerror}): set XDG_CACHE_HOME") from error
+    except (OSError, UserError) as error:
+        raise BuildError(f"{path.parent} cannot be written ({error}): set XDG_CACHE_HOME") from error
     return path
 
 
@@ -97,10 +97,10 @@ def status(device: str) -> tuple[bool, str]:
     return True, f"{device} operators to compile for {target} at first use, or now: python -m mixar.ops.build {device}"
 
 
-def _steps(device: str, folder: Path) -> list[list[str]]:
-    """The commands that leave `folder`/mixar_<device>."""
+def _steps(device: str, file: Path) -> list[list[str]]:
+    """The commands that leave the library `file`."""
     torch_folder = Path(torch.__file__).parent
-    out = str(folder / f"mixar_{device}")
+    out = str(file)
     common = ["-std=c++17", "-O3", STABLE_ABI, f"-I{torch_folder / 'include'}"]
     link = [f"-L{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu"]
     bind = str(SOURCES / "bind.cpp")

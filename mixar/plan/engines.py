@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mixar.cards import GPUS_A_NODE, Card
-from mixar.config import ENGINES, Config, images_a_pass
+from mixar.config import ENGINES, Config, images_per_pass
 from mixar.errors import UserError
 from mixar.model import MixAR
 from mixar.plan.activations import activation_bytes
@@ -163,7 +163,7 @@ def images_a_rank(cfg: Config, gpus: int) -> int:
     if gpus < 1 or (gpus > GPUS_A_NODE and gpus % GPUS_A_NODE):
         nodes = max(1, round(gpus / GPUS_A_NODE))
         raise UserError(f"--gpus {gpus} fills no whole nodes of {GPUS_A_NODE}: write --gpus {nodes * GPUS_A_NODE}")
-    return images_a_pass(cfg, gpus)
+    return images_per_pass(cfg, gpus)
 
 
 def engine_plans(layout: Layout, card: Card, flops: float, steps: int | None) -> dict[str, dict[str, Any]]:

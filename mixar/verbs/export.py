@@ -6,12 +6,10 @@ from pathlib import Path
 import torch
 
 from mixar.checkpoint import complete_checkpoints, load_ema, read_head
-from mixar.codecs import LatentNorm
 from mixar.config import Config, load_config
 from mixar.errors import UserError
-from mixar.model import MixAR
-from mixar.objectives import MixARObjective, Objective, PriorObjective
-from mixar.train import build_objective, describe_data, latent_norm, open_source
+from mixar.objectives import MixARObjective, Objective
+from mixar.tasks import build_objective, latent_norm, open_data
 from mixar.weights import export_path, holds, loaded, read_public
 
 CPU = torch.device("cpu")
@@ -48,15 +46,13 @@ def open_objective(cfg: Config, checkpoint: Path) -> tuple[Objective, int]:
     """The objective of `cfg`, and the number of images in its set; from the checkpoint alone, if it describes its data.
 
     Raises:
-        UserError: as `open_source`, for a checkpoint that does not.
+        UserError: as `open_data`, for a checkpoint that does not.
     """
     data = read_head(checkpoint)[0].get("data", {})
-    if cfg.task == "mixar" and data:
-        return MixARObjective(cfg, LatentNorm.from_dict(data["latents"]), CPU, data), data["count"]
-    if cfg.task == "prior" and data:
-        return PriorObjective(cfg, data), data["count"]
-    source = open_source(cfg)
-    return build_objective(cfg, source, CPU, describe_data(cfg, source)), sum(source.shard_sizes)
+    if "count" in data:  # of shards
+        return build_objective(cfg, data, CPU), data["count"]
+    source, data = open_data(cfg)
+    return build_objective(cfg, data, CPU, source), sum(source.shard_sizes)
 
 
 def release_public(cfg: Config, weights: str, out: str | None) -> None:
@@ -69,6 +65,6 @@ def release_public(cfg: Config, weights: str, out: str | None) -> None:
         raise UserError(f"--weights {weights} does not belong to a run: name the release's folder with --out DIR")
     objective = MixARObjective(cfg, latent_norm(cfg), CPU)
     objective.open()
-    model = loaded(lambda: MixAR(cfg.model), read_public(weights, "mar", cfg.trust_pickle), weights)
+    model = loaded(objective.build, read_public(weights, "mar", cfg.trust_pickle), weights)
     objective.export(model.eval(), Path(out), {"weights": Path(weights).name})
     print(f"the weights of {weights}: {out}")

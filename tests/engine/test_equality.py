@@ -1,7 +1,9 @@
 """Every engine on 1, 2 and 4 processes computes what one process computes, and goes on from what any other saved."""
 
+import functools
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,9 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from mixar.checkpoint import complete_checkpoints
-from tests.home import end, start_ranks
+from tests.home import end, fork_ranks
 
+pytestmark = pytest.mark.slow
 WORKER = str(Path(__file__).with_name("worker.py"))
 ENGINES = ("ddp", "fsdp", "hsdp", "zero1", "zero2", "zero3")
 # 30 steps, with dropout, and TI-Mix from the fifth on
@@ -32,7 +35,7 @@ def run(root: Path, engine: str, world: int, after: tuple[str, int] | None = Non
 
 def launch(home: Path, runs: list[list[str]], world: int, log: Path) -> None:
     """All `runs` in one launch, on two pretended nodes where there are four ranks."""
-    ranks = start_ranks([WORKER, str(home / "config.yaml"), json.dumps(runs)], world, min(world, 2), log)
+    ranks = fork_ranks([WORKER, str(home / "config.yaml"), json.dumps(runs)], world, min(world, 2), log)
     assert end(ranks, 400) == [0] * world, log.read_text()[-4000:]
 
 
@@ -71,10 +74,12 @@ def records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def state(checkpoint: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
+@functools.cache  # most tests compare with the same ones
+def state(checkpoint: Path) -> dict[str, torch.Tensor]:
     """All of a checkpoint, read by torch's own converter."""
-    dcp_to_torch_save(checkpoint, tmp_path / "whole.pt")
-    return torch.load(tmp_path / "whole.pt")
+    with tempfile.NamedTemporaryFile() as whole:
+        dcp_to_torch_save(checkpoint, whole.name)
+        return torch.load(whole.name)
 
 
 def distance(a: dict, b: dict, part: str) -> float:
@@ -91,7 +96,7 @@ def largest(a: list[dict], b: list[dict], key: str) -> float:
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_each_engine_equals_one_process(runs, tmp_path, engine, world) -> None:
+def test_each_engine_equals_one_process(runs, engine, world) -> None:
     if (engine, world) == ("hsdp", 1):
         pytest.skip("one rank is no mesh of nodes and ranks")
     one, many = run(runs, "ddp", 1), run(runs, engine, world)
@@ -100,19 +105,19 @@ def test_each_engine_equals_one_process(runs, tmp_path, engine, world) -> None:
     assert largest(records(many), records(one), "grad_norm") < 1e-5
     assert largest(records(many), records(one), "ema_distance") < 1e-5
     for mine, theirs in zip(complete_checkpoints(many), complete_checkpoints(one)):
-        found, expected = state(mine, tmp_path), state(theirs, tmp_path)
+        found, expected = state(mine), state(theirs)
         assert found["updates"].item() == int(mine.name) / 32
         for part in ("model", "ema", "exp_avg", "exp_avg_sq"):
             assert distance(found, expected, part) < 1e-5, part
 
 
 @pytest.mark.parametrize(("before", "after"), RESUMED)
-def test_any_engine_goes_on_from_any_other(runs, tmp_path, before, after) -> None:
+def test_any_engine_goes_on_from_any_other(runs, before, after) -> None:
     whole, resumed = run(runs, *before), run(runs, *after, before)
     assert "resuming" in (resumed / "log.txt").read_text()
     assert largest(records(resumed)[:11], records(whole)[:11], "loss") < 1e-6  # the first step on what was loaded
     assert largest(records(resumed), records(whole), "loss") < 1e-5
-    found, expected = (state(complete_checkpoints(folder)[-1], tmp_path) for folder in (resumed, whole))
+    found, expected = (state(complete_checkpoints(folder)[-1]) for folder in (resumed, whole))
     if before == after:
         assert all(torch.equal(found[name], value) for name, value in expected.items())
     else:
@@ -120,8 +125,7 @@ def test_any_engine_goes_on_from_any_other(runs, tmp_path, before, after) -> Non
 
 
 @pytest.mark.parametrize("i", range(len(BLOCKS)))
-def test_recomputed_and_compiled_blocks_compute_the_same(runs, tmp_path, i) -> None:
+def test_recomputed_and_compiled_blocks_compute_the_same(runs, i) -> None:
     tolerance = [*BLOCKS.values()][i]
-    found, plain = (state(complete_checkpoints(folder)[-1], tmp_path) for folder in (
-        runs / f"blocks-{i}", run(runs, "fsdp", 2)))  # fmt: skip
+    found, plain = (state(complete_checkpoints(folder)[-1]) for folder in (runs / f"blocks-{i}", run(runs, "fsdp", 2)))
     assert distance(found, plain, "model") <= tolerance and distance(found, plain, "ema") <= tolerance

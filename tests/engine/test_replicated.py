@@ -3,6 +3,7 @@
 import math
 import sys
 import types
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -37,10 +38,10 @@ class Toy:
         return value, {"loss": mean_of(value)}
 
 
-def engine(optim: OptimConfig | None = None, lr: float = 0.1, tmp_path=None) -> ReplicatedEngine:
-    optim = optim or OptimConfig(clip=0, ema=0.9, weight_decay=0.0)
-    cfg = Config(optim=optim, train=TrainConfig(precision="fp32"))
-    return build_engine(cfg, Toy(), lambda epoch: lr, PLACE, tmp_path)
+def engine(optim: OptimConfig | None = None, lr: float = 0.1) -> ReplicatedEngine:
+    optim = replace(optim or OptimConfig(clip=0, ema=0.9, weight_decay=0.0), lr=lr, warmup_epochs=0)
+    cfg = Config(optim=optim, train=TrainConfig(batch=256, precision="fp32"))  # so many images have `optim.lr` itself
+    return build_engine(cfg, Toy(), PLACE)
 
 
 def values(tested: ReplicatedEngine) -> dict[str, torch.Tensor]:
@@ -124,8 +125,8 @@ def test_save_and_load_are_exact(tmp_path) -> None:
 
 @pytest.mark.parametrize(("schedule", "end"), [("constant", 8e-4), ("linear", 0.0), ("cosine", 0.0)])
 def test_learning_rate(schedule: str, end: float) -> None:
-    cfg = OptimConfig(lr=1e-4, warmup_epochs=10, schedule=schedule)
-    at = lambda epoch: learning_rate(cfg, 2048, epoch, 100)
+    optim = OptimConfig(lr=1e-4, warmup_epochs=10, schedule=schedule)
+    at = lambda epoch: learning_rate(Config(optim=optim, train=TrainConfig(batch=2048, epochs=100)), epoch)
     assert at(0) == 0 and at(5) == pytest.approx(4e-4) and at(10) == pytest.approx(8e-4)
     assert at(100) == pytest.approx(end)
     rates = [at(e) for e in range(10, 101)]

@@ -8,8 +8,9 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from mixar.checkpoint import complete_checkpoints
-from tests.home import end, start_ranks
+from tests.home import end, fork_ranks
 
+pytestmark = pytest.mark.slow
 WORKER = str(Path(__file__).parents[1] / "engine" / "worker.py")
 # two steps of 8 images; the entropies weigh as much as the reconstruction
 COMMON = ["train.batch=8", "train.epochs=0.25", "train.log_every=1", "train.checkpoint_every=0.125", "optim.lr=1e-3",
@@ -37,7 +38,7 @@ def runs(home, tmp_path_factory) -> Path:
             if world == ranks
         ]  # fmt: skip
         log = root / f"{ranks}.log"
-        processes = start_ranks([WORKER, str(home / "config.yaml"), json.dumps(told)], ranks, log=log)
+        processes = fork_ranks([WORKER, str(home / "config.yaml"), json.dumps(told)], ranks, None, log)
         assert end(processes, 400) == [0] * ranks, log.read_text()[-4000:]
     return root
 

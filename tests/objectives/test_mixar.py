@@ -51,9 +51,11 @@ def batch_of(cfg: Config, step: int) -> Batch:
     return Batch(index, index.tolist(), [str(i) for i in index], index % 10, moments=moments, codes=codes)
 
 
-def test_compiled_blocks_are_compiled_once(cfg: Config, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_compiled_blocks_are_compiled_once(cfg: Config) -> None:
     cfg.engine.compile = True
-    engine = build_engine(cfg, objective_of(cfg), lambda epoch: 1e-3, PLACE, tmp_path)
+    cfg.model.encoder_depth = cfg.model.decoder_depth = cfg.model.head_depth = 1  # each block is compiled by itself
+    engine = build_engine(cfg, objective_of(cfg), PLACE)
     compiled = []
     for step in range(53):
         info = engine.step([batch_of(cfg, step)], step / 50)
@@ -89,8 +91,8 @@ def _caller() -> str:
     return frame.f_code.co_name if frame is not None else "outside"
 
 
-def test_a_step_waits_for_no_device(cfg: Config, tmp_path: Path) -> None:
-    engine = build_engine(cfg, objective_of(cfg), lambda epoch: 1e-3, PLACE, tmp_path)
+def test_a_step_waits_for_no_device(cfg: Config) -> None:
+    engine = build_engine(cfg, objective_of(cfg), PLACE)
     engine.step([batch_of(cfg, 0)], 0.5)  # tables are made in the first one
     batch = batch_of(cfg, 1)
     with _Reads() as reads:

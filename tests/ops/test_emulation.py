@@ -21,7 +21,9 @@ from kernels import (
     mutant,
 )
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the emulation with")
+pytestmark = [
+    pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the emulation with"),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import torch
 from mixar import train
 from tests.home import exported_weights
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted([*(ROOT / "slurm").glob("*.sh"), Path(__file__).with_name("cluster.sh")])
 FEW = "--ntasks-per-node=1"  # a task for each of 16 GPUs would be too much for this machine

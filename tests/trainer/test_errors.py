@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from mixar.checkpoint import complete_checkpoints
-from tests.home import end, records, start_ranks
+from tests.home import end, fork_ranks, records
 from tests.home import train_arguments as train
+
+pytestmark = pytest.mark.slow
 
 # rank 1, or the loader's worker of it, fails at a call of a method of the run's own
 FAULT = """
@@ -35,7 +37,7 @@ STEP, LOADER = ("mixar.objectives", "MixARObjective", "loss"), ("mixar.data.load
 
 def run_with(fault: str, home: Path, run: Path, log: Path, world: int, *overrides: str) -> list[int]:
     arguments = ["-c", fault, *train(home, run, "train.log_every=1", "train.checkpoint_every=0.5", *overrides)[1:]]
-    return end(start_ranks(arguments, world, world // 2 if world > 2 else None, log=log), 200)
+    return end(fork_ranks(arguments, world, world // 2 if world > 2 else None, log), 200)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ from mixar.train import train
 from mixar.weights import holds, read_export, write_export
 from tests.home import records
 
+pytestmark = pytest.mark.slow
+
 
 def config(home: Path, run: Path, *overrides: str) -> Config:
     return load_config(home / "config.yaml", [f"run_dir={run}", *overrides])

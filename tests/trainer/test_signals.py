@@ -14,6 +14,7 @@ from mixar.checkpoint import complete_checkpoints
 from tests.home import free_port, rank_environments, records, start_ranks
 from tests.home import train_arguments as train
 
+pytestmark = pytest.mark.slow
 PROGRAMS = Path(sys.executable).parent
 # a run without end, and without a checkpoint of its own before it
 ENDLESS = ("train.epochs=100000", "train.checkpoint_every=100000", "train.log_every=1", "data.workers=4")

@@ -21,6 +21,8 @@ from mixar.train import train
 from mixar.weights import read_export
 from tests.home import exported_weights, records
 
+pytestmark = pytest.mark.slow
+
 
 def config(home: Path, run: Path, *overrides: str):
     return load_config(home / "config.yaml", [f"run_dir={run}", *overrides])

@@ -14,6 +14,8 @@ from PIL import Image, ImageDraw
 
 from mixar.sampling import MixARPipeline
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory) -> Path:

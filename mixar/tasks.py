@@ -1,0 +1,80 @@
+"""Each task's data and objective, for training and for the export of what was trained."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixar.codecs import LatentNorm
+from mixar.config import Config
+from mixar.data.batch import Source
+from mixar.data.images import ImageSource, training_images
+from mixar.data.loader import ShardSource
+from mixar.data.manifest import Manifest, check_manifest, check_pre_drawn, read_manifest
+from mixar.objectives import MixARObjective, Objective, PriorObjective, TokenizerObjective, VAEObjective
+
+SHOWN = 16  # images whose reconstructions a codec's preview holds
+
+# arguments as `build_objective`
+OBJECTIVES: dict[str, Callable[[Config, dict[str, Any], torch.device, Source | None], Objective]] = {
+    "vae": lambda cfg, data, device, source: VAEObjective(cfg, _first_images(source)),
+    "tokenizer": lambda cfg, data, device, source: TokenizerObjective(cfg, _first_images(source)),
+    "prior": lambda cfg, data, device, source: PriorObjective(cfg, data),
+    "mixar": lambda cfg, data, device, source: MixARObjective(
+        cfg, LatentNorm.from_dict(data["latents"]), device, data
+    ),
+}
+
+
+def build_objective(
+    cfg: Config, data: dict[str, Any], device: torch.device, source: Source | None = None
+) -> Objective:
+    """The objective of `cfg.task`, whose `build` gives its network.
+
+    Args:
+        data: as `open_data` describes it, or a checkpoint.
+        device: where frozen networks work.
+        source: the images of a codec; the other tasks need none.
+    """
+    return OBJECTIVES[cfg.task](cfg, data, device, source)
+
+
+def open_data(cfg: Config) -> tuple[Source, dict[str, Any]]:
+    """Images for the codecs, shards that fit the config for the prior and MixAR; and their description.
+
+    Returns:
+        the source, and plain values: digests of the data and of the networks that made it, and the normalisation. A run
+        is held to them, and its checkpoints keep them: `mixar export` needs no shards.
+
+    Raises:
+        UserError: data that is missing or damaged, or does not fit the config.
+    """
+    if cfg.task in ("vae", "tokenizer"):
+        images = training_images(cfg.data)
+        return ImageSource(images, cfg.data.image_size), {"images": images.fingerprint}
+    manifest = read_manifest(cfg.data.shards, cfg.data.cache)
+    check_manifest(manifest, cfg)
+    pre_drawn = cfg.task == "mixar" and cfg.ti_mix.enabled and cfg.ti_mix.source == "shards"
+    source = ShardSource(cfg.data.shards, cfg.data.cache, pre_drawn)
+    data = {"shards": source.digest, "vae": manifest.vae, "tokenizer": manifest.tokenizer, "count": manifest.count}
+    if source.recipe is not None:
+        check_pre_drawn(source.recipe, manifest, cfg)
+        data["pre_drawn"] = source.recipe
+    if cfg.task == "mixar":
+        data["latents"] = latent_norm(cfg, manifest).to_dict()
+    return source, data
+
+
+def latent_norm(cfg: Config, manifest: Manifest | None = None) -> LatentNorm:
+    """MAR's factor where `vae.latent_scale` is set, else the statistics in the shards' manifest."""
+    if cfg.vae.latent_scale is not None:
+        return LatentNorm.from_scale(cfg.vae.latent_scale, cfg.vae.latent_channels)
+    manifest = manifest or read_manifest(cfg.data.shards, cfg.data.cache)
+    return LatentNorm(torch.tensor(manifest.latent_mean), torch.tensor(manifest.latent_std))
+
+
+def _first_images(source: Source | None) -> Tensor:
+    """uint8 [k, 3, H, W]."""
+    assert isinstance(source, ImageSource)
+    return torch.stack([source[i][0] for i in range(min(SHOWN, len(source)))])
