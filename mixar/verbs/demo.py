@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mixar import dist, resources
-from mixar.codecs import load_tokenizer, load_vae
+from mixar.codecs import from_bytes, load_tokenizer, load_vae, posterior, to_bytes
 from mixar.config import GUIDANCES, Config, load_config, to_dict
 from mixar.data.images import ImageSet, ImageSource, open_images, split, training_images
 from mixar.data.shards import prepare
@@ -191,7 +191,7 @@ def run_demo(demo: Demo) -> dict[str, Any]:
     pipeline = demo.pipeline().with_settings(batch=250)
     held_set = demo.image_set("held")
     spread = torch.linspace(0, len(held_set) - 1, min(500, len(held_set))).long()
-    held, held_labels = _pixels(held_set.subset(spread.tolist()), pipeline.vae.config.image_size)
+    held, held_labels = _pixels(held_set.subset(spread.tolist()), pipeline.image_size)
     labels, seeds = demo.draw_list(demo.length.samples)
     with demo.stage("samples") as todo:
         file = demo.out / "samples.pt"
@@ -241,13 +241,11 @@ def run_demo(demo: Demo) -> dict[str, Any]:
 def reconstruct(pipeline: MixARPipeline, images: Tensor) -> dict[str, Tensor]:
     """uint8 images [B, 3, H, W] through each codec and back."""
     assert pipeline.tokenizer is not None
-    batches = [batch.to(pipeline.device) / 255 for batch in images.split(100)]
-    by_vae = [pipeline.vae.decode(pipeline.vae.encode(b * 2 - 1).chunk(2, 1)[0]) / 2 + 0.5 for b in batches]
-    by_tokenizer = [pipeline.tokenizer.decode(pipeline.tokenizer.encode(b)) for b in batches]
-    return {
-        name: (torch.cat(parts).float().clamp(0, 1) * 255).round().byte().cpu()
-        for name, parts in (("vae", by_vae), ("tokenizer", by_tokenizer))
-    }
+    vae, tokenizer = pipeline.vae, pipeline.tokenizer
+    batches = [from_bytes(batch.to(pipeline.device)) for batch in images.split(100)]
+    by_vae = [to_bytes(vae.decode(posterior(vae.encode(batch))[0])).cpu() for batch in batches]
+    by_tokenizer = [to_bytes(tokenizer.decode(tokenizer.encode(batch))).cpu() for batch in batches]
+    return {"vae": torch.cat(by_vae), "tokenizer": torch.cat(by_tokenizer)}
 
 
 def images_per_second(demo: Demo) -> dict[str, float]:

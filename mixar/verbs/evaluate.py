@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
 
 def score_drawing(drawing: Drawing, drawings: Drawings, scorer: Scorer, out: Path | None, kept: Path | None) -> None:
     """Draw and score, at each point of a grid where there are any."""
-    scorer.check((drawing.pipeline.vae.config.image_size,) * 2, drawing.count)
+    scorer.check((drawing.pipeline.image_size,) * 2, drawing.count)
     if drawings:
         save(scorer, kept)
         run_grid(drawing, drawings, scorer, out)

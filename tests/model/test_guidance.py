@@ -17,9 +17,9 @@ N, C = 16, 6
 
 def build(guidance: str, **changes) -> MixAR:
     cfg = {
-        "guidance": guidance, "grid": 4, "latent_channels": C, "code_bits": 5, "classes": 4, "class_tokens": 3,
-        "encoder_width": 32, "encoder_depth": 2, "encoder_heads": 4, "decoder_width": 48, "decoder_depth": 1,
-        "decoder_heads": 3, "head_depth": 1, "head_width": 24,
+        "guidance": guidance, "grid": 4, "latent_channels": C, "code_bits": 5, "code_dim": None, "classes": 4,
+        "class_tokens": 3, "encoder_width": 32, "encoder_depth": 2, "encoder_heads": 4, "decoder_width": 48,
+        "decoder_depth": 1, "decoder_heads": 3, "head_depth": 1, "head_width": 24,
     }  # fmt: skip
     model = MixAR(ModelConfig(**(cfg | changes)))
     init_weights(model, 0)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mixar.codecs import VAE, Tokenizer
+from mixar.codecs import VAE, build_tokenizer
 from mixar.config import load_config, to_dict
 from mixar.evaluation.classifier import save_classifier, train_classifier
 from mixar.weights import write_export
@@ -29,7 +29,7 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"
 CONFIG = """
 run_dir: {root}/run
 data: {{images: {root}/images, shards: {root}/shards, image_size: 16, classes: 2, workers: 0}}
-vae: {{weights: {root}/vae, width: 16, multipliers: [1, 1, 1], blocks: 1, attention: [], latent_channels: 3}}
+vae: {{weights: {root}/vae, width: 16, multipliers: [1, 1, 1], blocks: 1, attention_levels: [], latent_channels: 3}}
 tokenizer: {{weights: {root}/tokenizer, width: 16, multipliers: [1, 1, 1], blocks: 1, bits: 6}}
 model:
   {{guidance: none, grid: 4, class_tokens: 2, encoder_width: 32, encoder_depth: 1, encoder_heads: 2, head_depth: 1,
@@ -120,7 +120,7 @@ def home(tmp_path_factory) -> Path:
     (root / "config.yaml").write_text(CONFIG.format(root=root))
     cfg = load_config(root / "config.yaml")
     torch.manual_seed(0)
-    for kind, network in (("vae", VAE(cfg.vae)), ("tokenizer", Tokenizer(cfg.tokenizer))):
+    for kind, network in (("vae", VAE(cfg.vae)), ("tokenizer", build_tokenizer(cfg.tokenizer))):
         write_export(root / kind, kind, to_dict(getattr(cfg, kind)) | {"weights": None}, network.state_dict())
     images, labels = torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.arange(64) % 2
     save_classifier(root / "classifier", *train_classifier(images, labels, 2, steps=2))
