@@ -34,6 +34,8 @@ PARAMETERS = {
     "dc_ca_l": 707_994_688,
     "ti_mix_l": 557_014_080,
     "prior_14bit": 304_929_024,
+    "mixar_l_512": 559_373_376,
+    "prior_14bit_512": 305_715_456,
 }
 
 
@@ -346,6 +348,7 @@ def test_codec_parameters_to_the_last_digit(task: str, total: int) -> None:
     [
         ("prior_14bit", {"steps": 1_350_000}),
         ("mixar_l", {"steps": 250_228, "decoder_tokens": 320}),
+        ("mixar_l_512", {"steps": 250_228, "decoder_tokens": 1088}),
         ("dc_sa_l", {"decoder_tokens": 576}),
         ("dc_ca_l", {"decoder_tokens": 320}),
     ],
