@@ -90,8 +90,10 @@ def _check_values(config: Config) -> None:
                 f"{key}={value} must hold a factor of the width for each of 1 to {LEVELS} levels, as in {key}=[1,2,4]"
             )
     tokenizer = config.tokenizer
-    if tokenizer.kind == "vq" and tokenizer.code_dim is None:
-        raise UserError("tokenizer.kind=vq learns its codes: write tokenizer.code_dim=<their channels>, such as 16")
+    if tokenizer.kind != "maskbit" and tokenizer.code_dim is None:
+        raise UserError(
+            f"tokenizer.kind={tokenizer.kind} learns its codes: write tokenizer.code_dim=<their channels>, such as 16"
+        )
     if tokenizer.kind == "maskbit" and tokenizer.code_dim is not None:
         raise UserError(
             f"tokenizer.code_dim={tokenizer.code_dim} is of learned codes, those of tokenizer.kind=maskbit are bits: "
