@@ -19,7 +19,10 @@ from mixar.weights import find_export, loaded, read_export, read_public
 __all__ = ["TOKENIZERS", "VAE", "LatentNorm", "Tokenizer", "build_tokenizer", "from_bytes", "ids_from_bits", "kl",
            "load_tokenizer", "load_vae", "posterior", "to_bytes"]
 
-TOKENIZERS: dict[str, Callable[[TokenizerConfig], Tokenizer]] = {"maskbit": MaskBitTokenizer, "vq": VQTokenizer}
+TOKENIZERS: dict[str, Callable[[TokenizerConfig], Tokenizer]] = {
+    "maskbit": MaskBitTokenizer,
+    "vq": VQTokenizer,
+}
 
 Section = TypeVar("Section", VAEConfig, TokenizerConfig)
 Network = TypeVar("Network", bound=nn.Module)

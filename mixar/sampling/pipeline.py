@@ -271,7 +271,8 @@ class MixARPipeline:
 def _check_geometry(model: MixAR, vae: VAE, prior: Prior | None, tokenizer: Tokenizer | None) -> None:
     """UserError where the networks' tokens are not the model's: cut to its size, they would be others."""
     cfg = model.config
-    pairs = [("VAE", "latent channels", vae.config.latent_channels, cfg.latent_channels)]
+    pairs: list[tuple[str, str, int | None, int | None]] = []
+    pairs += [("VAE", "latent channels", vae.config.latent_channels, cfg.latent_channels)]
     if prior is not None:
         pairs += [("prior", "bits a token", prior.config.bits, cfg.code_bits)]
         pairs += [("prior", "tokens along a side", prior.config.grid, cfg.grid)]
