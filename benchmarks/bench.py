@@ -60,8 +60,9 @@ Work = Callable[[], object]
 def config_of(guidance: str) -> ModelConfig:
     sizes = {"encoder_width": WIDTH, "encoder_depth": BLOCKS, "encoder_heads": HEADS}
     return ModelConfig(
-        guidance=guidance, latent_channels=C, code_bits=14, classes=1000, dropout=0.1, head_depth=HEAD[0],
-        head_width=HEAD[1], **sizes, **{name.replace("encoder", "decoder"): value for name, value in sizes.items()},
+        guidance=guidance, grid=16, latent_channels=C, code_bits=14, code_dim=None, classes=1000, dropout=0.1,
+        head_depth=HEAD[0], head_width=HEAD[1], **sizes,
+        **{name.replace("encoder", "decoder"): value for name, value in sizes.items()},
     )  # fmt: skip
 
 

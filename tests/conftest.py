@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mixar.codecs import VAE, LatentNorm, Tokenizer
+from mixar.codecs import VAE, LatentNorm, build_tokenizer
 from mixar.config import ModelConfig, PriorConfig, SampleConfig, TokenizerConfig, VAEConfig
 from mixar.model import MixAR, init_weights
 from mixar.prior import Prior
@@ -18,11 +18,11 @@ from mixar.sampling import MixARPipeline
 from tests.home import make_home
 
 MODEL = ModelConfig(
-    grid=8, latent_channels=4, code_bits=4, classes=3, class_tokens=2, head_depth=1, head_width=32,
+    grid=8, latent_channels=4, code_bits=4, code_dim=None, classes=3, class_tokens=2, head_depth=1, head_width=32,
     encoder_width=32, encoder_depth=1, encoder_heads=2, decoder_width=32, decoder_depth=1, decoder_heads=2,
 )  # fmt: skip
-VAE_16 = VAEConfig(width=16, multipliers=[1, 2], blocks=1, attention=[], latent_channels=4, image_size=16)
-TOKENIZER = TokenizerConfig(width=16, multipliers=[1, 2], blocks=1, bits=4, image_size=16)
+VAE_16 = VAEConfig(width=16, multipliers=[1, 2], blocks=1, attention_levels=[], latent_channels=4)
+TOKENIZER = TokenizerConfig(width=16, multipliers=[1, 2], blocks=1, bits=4)
 PRIOR = PriorConfig(width=32, depth=1, heads=2, mlp_width=64, bits=4, splits=2, grid=8, classes=3)
 SETTINGS = SampleConfig(steps=4, diffusion_steps="4", guidance=2.0, prior_steps=4, batch=4)
 
@@ -36,7 +36,7 @@ def make_pipeline() -> Callable[..., MixARPipeline]:
         guided = guidance != "none"
         model = MixAR(ModelConfig(**{**vars(MODEL), "guidance": guidance, "process": process}))
         init_weights(model, 0)
-        vae, tokenizer, prior = VAE(VAE_16).eval(), Tokenizer(TOKENIZER).eval(), Prior(PRIOR).eval()
+        vae, tokenizer, prior = VAE(VAE_16).eval(), build_tokenizer(TOKENIZER).eval(), Prior(PRIOR).eval()
         for network in (model, prior):  # they start with zeros where they end: the same whatever they are asked for
             for parameter in network.parameters():
                 torch.nn.init.normal_(parameter, parameter.mean().item(), 0.2)

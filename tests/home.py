@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mixar.codecs import VAE, Tokenizer, load_tokenizer, load_vae
+from mixar.codecs import VAE, build_tokenizer, load_tokenizer, load_vae
 from mixar.config import Config, load_config, to_dict, to_yaml
 from mixar.data.images import open_images
 from mixar.data.shards import prepare
@@ -30,7 +30,7 @@ FORKS.set_forkserver_preload(["mixar.train", "deepspeed"])
 CONFIG = """
 run_dir: {root}/run
 data: {{images: {root}/images, shards: {root}/shards, image_size: 16, classes: 2, workers: 0}}
-vae: {{weights: {root}/vae, width: 16, multipliers: [1, 1, 1], blocks: 1, attention: [], latent_channels: 3}}
+vae: {{weights: {root}/vae, width: 16, multipliers: [1, 1, 1], blocks: 1, attention_levels: [], latent_channels: 3}}
 tokenizer: {{weights: {root}/tokenizer, width: 16, multipliers: [1, 1, 1], blocks: 1, bits: 6}}
 prior: {{weights: {root}/prior, width: 16, depth: 1, heads: 2, mlp_width: 32}}
 model:
@@ -56,7 +56,8 @@ def make_sources(root: Path, *overrides: str) -> Config:
     if overrides:
         (root / "config.yaml").write_text(to_yaml(cfg))
     torch.manual_seed(0)
-    for kind, network in (("vae", VAE(cfg.vae)), ("tokenizer", Tokenizer(cfg.tokenizer)), ("prior", Prior(cfg.prior))):
+    networks = {"vae": VAE(cfg.vae), "tokenizer": build_tokenizer(cfg.tokenizer), "prior": Prior(cfg.prior)}
+    for kind, network in networks.items():
         write_export(root / kind, kind, to_dict(getattr(cfg, kind)) | {"weights": None}, network.state_dict())
     return cfg
 

@@ -34,6 +34,8 @@ PARAMETERS = {
     "dc_ca_l": 707_994_688,
     "ti_mix_l": 557_014_080,
     "prior_14bit": 304_929_024,
+    "mixar_l_512": 559_373_376,
+    "prior_14bit_512": 305_715_456,
 }
 
 
@@ -147,11 +149,10 @@ def test_later_overrides_win() -> None:
 
 
 def test_what_follows_another_value_follows_it() -> None:
-    config = load_config(None, ["data.classes=10", "data.image_size=512", "model.grid=32", "tokenizer.bits=10",
+    config = load_config(None, ["data.classes=10", "data.image_size=512", "tokenizer.bits=10",
                                 "vae.latent_channels=8", "model.encoder_width=96"])  # fmt: skip
     assert config.model.classes == config.prior.classes == 10
-    assert config.vae.image_size == config.tokenizer.image_size == 512
-    assert config.prior.grid == config.vae.grid == config.tokenizer.grid == 32
+    assert config.model.grid == config.prior.grid == config.latent_grid == config.code_grid == 32
     assert config.model.code_bits == config.prior.bits == 10
     assert config.model.latent_channels == config.model.token_dim == 8
     assert config.model.decoder_width == 96
@@ -269,7 +270,10 @@ def test_an_extreme_value_is_refused_by_its_name_or_can_be_planned_with(file: Pa
         (["vae.multipliers=[nan]"], "Write vae.multipliers=<list[int]>."),
         (["vae.multipliers=[null]"], "Write vae.multipliers=<list[int]>."),
         (["vae.multipliers=[1,[2]]"], "write a value from 1 to 64"),
-        (["vae.attention=[???]"], "vae.attention"),
+        (["vae.attention_levels=[???]"], "vae.attention_levels"),
+        (["vae.attention_levels=[5]"], "write values from 0, the finest, to 4, or -1 for the deepest"),
+        (["tokenizer.kind=vq"], "write tokenizer.code_dim=<their channels>, such as 16"),
+        (["tokenizer.code_dim=16"], "leave tokenizer.code_dim out, or write tokenizer.kind=vq"),
         (["vae.width=1000000000000000000"], "write a value from 1 to 65536"),
         (["sample.guidance_interval=[nan,1]"], "write a value from 0 to 1"),
         (["sample.guidance_interval=[0.5]"], "as in sample.guidance_interval=[0.25,1]"),
@@ -292,7 +296,7 @@ def test_an_extreme_value_is_refused_by_its_name_or_can_be_planned_with(file: Pa
         (["prior.heads=7"], "write prior.heads=8"),
         (["tokenizer.bits=13"], "write prior.splits=1"),
         (["data.image_size=250"], "write data.image_size=240"),
-        (["model.patch=2"], "write model.grid=8"),
+        (["model.patch=2", "model.grid=16"], "write model.grid=8"),
         (["model.patch=32"], "write model.patch=16"),
         (["tokenizer.multipliers=[1,1,2]"], "write tokenizer.multipliers with 5 entries"),
         (["sample.prior_steps=513"], "write sample.prior_steps=512 or less"),
@@ -412,6 +416,7 @@ def test_codec_parameters_to_the_last_digit(task: str, total: int) -> None:
     [
         ("prior_14bit", {"steps": 1_350_000}),
         ("mixar_l", {"steps": 250_228, "decoder_tokens": 320}),
+        ("mixar_l_512", {"steps": 250_228, "decoder_tokens": 1088}),
         ("dc_sa_l", {"decoder_tokens": 576}),
         ("dc_ca_l", {"decoder_tokens": 320}),
     ],

@@ -72,7 +72,7 @@ def objective_of(cfg: Config) -> tuple[MixARObjective, nn.Module]:
 
 
 def batch_of(cfg: Config, images: int) -> Batch:
-    index, side, codes = torch.arange(images), cfg.vae.grid, 2**cfg.tokenizer.bits
+    index, side, codes = torch.arange(images), cfg.latent_grid, 2**cfg.tokenizer.bits
     return Batch(
         index, index.tolist(), [str(i) for i in index.tolist()], index % cfg.data.classes,
         moments=torch.randn(images, 2 * cfg.vae.latent_channels, side, side).half(),

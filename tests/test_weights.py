@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mixar.codecs import VAE, Tokenizer
+from mixar.codecs import VAE, build_tokenizer
 from mixar.config import TokenizerConfig, VAEConfig
 from mixar.errors import UserError
 from mixar.weights import (
@@ -25,7 +25,7 @@ from mixar.weights import (
 )
 
 MANIFESTS = Path(__file__).parent / "manifests"
-KL16 = VAEConfig(latent_channels=16, decoder_attention=False, image_size=256)
+KL16 = VAEConfig(latent_channels=16, decoder_attention=False)
 
 
 def manifest_state(name: str) -> dict[str, Tensor]:
@@ -40,10 +40,10 @@ def on_meta(build, cfg) -> nn.Module:
 
 
 @pytest.mark.parametrize(("manifest", "kind", "nest", "build", "cfg"), [
-    ("vavae_f16d32", "vae", lambda state: {"state_dict": state, "epoch": 3}, VAE, VAEConfig(image_size=256)),
-    ("vavae_f16d32", "vae", lambda state: state, VAE, VAEConfig(image_size=256)),
+    ("vavae_f16d32", "vae", lambda state: {"state_dict": state, "epoch": 3}, VAE, VAEConfig()),
+    ("vavae_f16d32", "vae", lambda state: state, VAE, VAEConfig()),
     ("mar_vae_kl16", "vae", lambda state: {"model": state}, VAE, KL16),
-    ("maskbit_tokenizer_14bit", "tokenizer", lambda state: state, Tokenizer, TokenizerConfig(image_size=256)),
+    ("maskbit_tokenizer_14bit", "tokenizer", lambda state: state, build_tokenizer, TokenizerConfig()),
 ], ids=["vavae-lightning", "vavae-flat", "kl16", "tokenizer"])
 def test_published_files_load_key_for_key(tmp_path: Path, manifest: str, kind: str, nest, build, cfg) -> None:
     published = manifest_state(manifest)

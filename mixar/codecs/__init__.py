@@ -1,4 +1,4 @@
-"""The frozen networks between images and tokens: the VAE (continuous) and the tokenizer (discrete)."""
+"""The frozen networks between images in [0, 1] and tokens: the VAE (continuous) and the tokenizer (discrete)."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,15 +6,23 @@ from typing import TypeVar
 
 from torch import nn
 
+from mixar.codecs.images import from_bytes, to_bytes
 from mixar.codecs.latents import LatentNorm
-from mixar.codecs.tokenizer import Tokenizer, ids_from_bits
-from mixar.codecs.vae import VAE, kl, posterior, to_uint8
+from mixar.codecs.maskbit import MaskBitTokenizer, ids_from_bits
+from mixar.codecs.tokenizer import Tokenizer
+from mixar.codecs.vae import VAE, kl, posterior
+from mixar.codecs.vq import VQTokenizer
 from mixar.config import TokenizerConfig, VAEConfig, section_from_dict
 from mixar.errors import UserError
 from mixar.weights import find_export, loaded, read_export, read_public
 
-__all__ = ["VAE", "LatentNorm", "Tokenizer", "ids_from_bits", "kl", "load_tokenizer", "load_vae", "posterior",
-           "to_uint8"]
+__all__ = ["TOKENIZERS", "VAE", "LatentNorm", "Tokenizer", "build_tokenizer", "from_bytes", "ids_from_bits", "kl",
+           "load_tokenizer", "load_vae", "posterior", "to_bytes"]
+
+TOKENIZERS: dict[str, Callable[[TokenizerConfig], Tokenizer]] = {
+    "maskbit": MaskBitTokenizer,
+    "vq": VQTokenizer,
+}
 
 Section = TypeVar("Section", VAEConfig, TokenizerConfig)
 Network = TypeVar("Network", bound=nn.Module)
@@ -31,7 +39,12 @@ def load_vae(cfg: VAEConfig, trust_pickle: bool = False) -> VAE:
 
 def load_tokenizer(cfg: TokenizerConfig, trust_pickle: bool = False) -> Tokenizer:
     """The frozen tokenizer of `cfg.weights`; otherwise as `load_vae`."""
-    return _load("tokenizer", Tokenizer, cfg, trust_pickle)
+    return _load("tokenizer", build_tokenizer, cfg, trust_pickle)
+
+
+def build_tokenizer(cfg: TokenizerConfig) -> Tokenizer:
+    """The tokenizer that `cfg.kind` names, with values drawn anew."""
+    return TOKENIZERS[cfg.kind](cfg)
 
 
 def _load(kind: str, build: Callable[[Section], Network], cfg: Section, trust_pickle: bool) -> Network:

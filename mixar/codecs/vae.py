@@ -16,7 +16,10 @@ from mixar.config import VAEConfig
 
 
 class VAE(nn.Module):
-    """Encoder to the moments of a diagonal Gaussian, decoder from its sample; h = H / stride, C latent channels."""
+    """Encoder to the moments of a diagonal Gaussian, decoder from its sample; h = H / stride, C latent channels.
+
+    The published weights see images in [-1, 1]; that stays in here.
+    """
 
     def __init__(self, cfg: VAEConfig) -> None:
         super().__init__()
@@ -27,12 +30,12 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(cfg.latent_channels, cfg.latent_channels, 1)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1] to moments [B, 2C, h, w]: the means, then the log-variances."""
-        return self.quant_conv(self.encoder(images))
+        """Images [B, 3, H, W] in [0, 1] to moments [B, 2C, h, w]: the means, then the log-variances."""
+        return self.quant_conv(self.encoder(images * 2 - 1))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w] in `encode`'s own scale to images [B, 3, H, W], nominally in [-1, 1]."""
-        return self.decoder(self.post_quant_conv(latents))
+        """Latents [B, C, h, w] in `encode`'s own scale to float32 images [B, 3, H, W], nominally in [0, 1]."""
+        return self.decoder(self.post_quant_conv(latents)).float() / 2 + 0.5
 
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """For training: images as in `encode` and standard normal noise [B, C, h, w] to reconstruction and moments."""
@@ -51,12 +54,6 @@ def kl(moments: Tensor) -> Tensor:
     """Divergence [B] of the posterior from the unit Gaussian, in nats, summed over the latents of an image."""
     mean, std = posterior(moments)
     return 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).sum(dim=(1, 2, 3))
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Images [B, 3, H, W] in [-1, 1] to uint8 [B, H, W, 3], rounded to the nearest of the 256 levels."""
-    levels = (127.5 * images.float() + 128).clamp(0, 255)  # 127.5 (x + 1), and a half so that truncation rounds
-    return rearrange(levels.to(torch.uint8), "b c h w -> b h w c")
 
 
 class ResBlock(nn.Module):
@@ -111,12 +108,15 @@ def _middle(width: int) -> nn.Sequential:
     return stack(block_1=ResBlock(width, width), attn_1=Attention(width), block_2=ResBlock(width, width))
 
 
+def _attends(cfg: VAEConfig, level: int) -> bool:
+    return bool({level, level - len(cfg.multipliers)} & set(cfg.attention_levels))
+
+
 def _encoder(cfg: VAEConfig) -> nn.Sequential:
     widths = [cfg.width * multiplier for multiplier in cfg.multipliers]
     down = nn.Sequential()
     for i, (inputs, width) in enumerate(pairwise([cfg.width, *widths])):
-        # attention follows the nominal image size, so that an image of another size meets the same network
-        level = Level(inputs, width, cfg.blocks, attention=cfg.image_size >> i in cfg.attention)
+        level = Level(inputs, width, cfg.blocks, attention=_attends(cfg, i))
         if i < len(widths) - 1:
             # the published weights expect the zeros at the right and the bottom only
             level.downsample = stack(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(width, width, 3, stride=2))
@@ -135,8 +135,7 @@ def _decoder(cfg: VAEConfig) -> nn.Sequential:
     widths = [cfg.width * multiplier for multiplier in cfg.multipliers]
     up = {}  # the deepest level comes first; each keeps the index of its resolution as its name
     for i, (inputs, width) in reversed(list(enumerate(zip([*widths[1:], widths[-1]], widths)))):
-        attention = cfg.decoder_attention and cfg.image_size >> i in cfg.attention
-        up[str(i)] = Level(inputs, width, cfg.blocks + 1, attention)
+        up[str(i)] = Level(inputs, width, cfg.blocks + 1, cfg.decoder_attention and _attends(cfg, i))
         if i > 0:
             up[str(i)].upsample = stack(nearest=nn.Upsample(scale_factor=2), conv=conv3(width, width))
     return stack(

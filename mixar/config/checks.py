@@ -5,12 +5,10 @@ import math
 import unicodedata
 from typing import Any
 
-from mixar.config.knobs import Config, SampleConfig
+from mixar.config.knobs import LEVELS, Config, SampleConfig
 from mixar.config.passes import images_per_pass
 from mixar.config.respacing import RESPACINGS, respaced_steps
 from mixar.errors import SettingError, UserError
-
-_LEVELS = 15  # of a codec, which halve the largest image to one position
 
 
 def validate(config: Config) -> None:
@@ -102,10 +100,20 @@ def _check_values(config: Config) -> None:
     """Lists by their length, and values against the one that they follow by default."""
     for key in ("vae.multipliers", "tokenizer.multipliers"):
         value = get(config, key)
-        if not 1 <= len(value) <= _LEVELS:
+        if not 1 <= len(value) <= LEVELS:
             raise UserError(
-                f"{key}={value} must hold a factor of the width for each of 1 to {_LEVELS} levels, as in {key}=[1,2,4]"
+                f"{key}={value} must hold a factor of the width for each of 1 to {LEVELS} levels, as in {key}=[1,2,4]"
             )
+    tokenizer = config.tokenizer
+    if tokenizer.kind != "maskbit" and tokenizer.code_dim is None:
+        raise UserError(
+            f"tokenizer.kind={tokenizer.kind} learns its codes: write tokenizer.code_dim=<their channels>, such as 16"
+        )
+    if tokenizer.kind == "maskbit" and tokenizer.code_dim is not None:
+        raise UserError(
+            f"tokenizer.code_dim={tokenizer.code_dim} is of learned codes, those of tokenizer.kind=maskbit are bits: "
+            "leave tokenizer.code_dim out, or write tokenizer.kind=vq"
+        )
     if len(config.optim.betas) != 2:
         raise UserError(f"optim.betas={config.optim.betas} must be two values, as in optim.betas=[0.9,0.95]")
     for key, source in _FOLLOWS.items():
@@ -136,13 +144,18 @@ def _check_networks(config: Config) -> None:
             f"model.attention={model.attention} has no kernel for train.precision=fp32: write train.precision=bf16, or "
             "model.attention=efficient"
         )
-    for name, codec in (("vae", config.vae), ("tokenizer", config.tokenizer)):
-        stride = 2 ** (len(codec.multipliers) - 1)
-        if codec.image_size % stride:
+    size, levels = config.data.image_size, len(config.vae.multipliers)
+    for name, stride in (("vae", config.vae.stride), ("tokenizer", config.tokenizer.stride)):
+        if size % stride:
             raise UserError(
-                f"data.image_size={codec.image_size} is not a multiple of {name}'s stride {stride}: "
-                f"write data.image_size={max(1, codec.image_size // stride) * stride}"
+                f"data.image_size={size} is not a multiple of {name}'s stride {stride}: "
+                f"write data.image_size={max(1, size // stride) * stride}"
             )
+    if not all(-levels <= level < levels for level in config.vae.attention_levels):
+        raise UserError(
+            f"vae.attention_levels={config.vae.attention_levels} must be among the {levels} levels of vae.multipliers: "
+            f"write values from 0, the finest, to {levels - 1}, or -1 for the deepest"
+        )
     if prior.bits % prior.splits:
         raise UserError(
             f"tokenizer.bits={prior.bits} does not divide into prior.splits={prior.splits}: "
@@ -153,7 +166,7 @@ def _check_networks(config: Config) -> None:
 def _check_tokens(config: Config) -> None:
     """Latents, discrete tokens and the model's positions on one grid."""
     model, prior = config.model, config.prior
-    cells = config.vae.grid
+    cells = config.latent_grid
     if config.task == "mixar" and cells != model.grid * model.patch:
         patch = _divisor(cells, model.patch)
         fix = f"model.patch={patch}" if patch != model.patch else f"model.grid={cells // patch}"
@@ -162,11 +175,11 @@ def _check_tokens(config: Config) -> None:
             f"= {model.grid * model.patch}: write {fix}"
         )
     needs_codes = config.task == "prior" or (config.task == "mixar" and model.guidance != "none")
-    if needs_codes and config.tokenizer.grid != model.grid:
+    if needs_codes and config.code_grid != model.grid:
         raise UserError(
-            f"the tokenizer gives {config.tokenizer.grid}x{config.tokenizer.grid} discrete tokens, model.grid is "
+            f"the tokenizer gives {config.code_grid}x{config.code_grid} discrete tokens, model.grid is "
             f"{model.grid}: a tokenizer and a model of one grid are needed; write tokenizer.multipliers with "
-            f"{int(math.log2(max(1, config.tokenizer.image_size // model.grid))) + 1} entries"
+            f"{int(math.log2(max(1, config.data.image_size // model.grid))) + 1} entries"
         )
     subtokens = prior.splits * model.grid**2
     if needs_codes and config.sample.prior_steps > subtokens:
@@ -182,13 +195,12 @@ def _check_tokens(config: Config) -> None:
 
 # what is an interpolation by default, and cannot be another value
 _FOLLOWS = {
-    "vae.image_size": "data.image_size",
-    "tokenizer.image_size": "data.image_size",
     "prior.bits": "tokenizer.bits",
     "prior.grid": "model.grid",
     "prior.classes": "data.classes",
     "model.latent_channels": "vae.latent_channels",
     "model.code_bits": "tokenizer.bits",
+    "model.code_dim": "tokenizer.code_dim",
     "model.classes": "data.classes",
 }
 

@@ -6,8 +6,9 @@ A value that another section already holds is an interpolation (`II`), so it is 
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import II
+from omegaconf import II, MISSING
 
+TOKENIZERS = ("maskbit", "vq")
 TASKS = ("vae", "tokenizer", "prior", "mixar")
 GUIDANCES = ("none", "dc_mix", "dc_sa", "dc_ca")
 PROCESSES = ("ddpm", "flow")
@@ -21,6 +22,12 @@ RECOMPUTE = ("none", "backbone", "head", "all")
 # beyond any network that could be trained, and small enough that a plan of it can be computed
 _SIDE, _WIDTH, _DEPTH, _CLASSES = 2**14, 2**16, 2**10, 2**24
 _IMAGES, _EPOCHS = 10**12, 10**6
+LEVELS = 15  # of a codec at most, which halve the largest image to one position
+
+
+def stride(multipliers: list[int]) -> int:
+    """Pixels along the side of a position of a codec, each of whose levels but the last halves the image."""
+    return 2 ** max(0, len(multipliers) - 1)
 
 
 def _range(low: float, high: float) -> dict[str, Any]:
@@ -61,40 +68,40 @@ class VAEConfig:
     width: int = _number(128, 1, _WIDTH)
     multipliers: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4], metadata=_range(1, 64))
     blocks: int = _number(2, 1, 64)  # residual blocks per level in the encoder; the decoder has one more
-    # feature-map sides with self-attention
-    attention: list[int] = field(default_factory=lambda: [16], metadata=_range(1, _SIDE))
+    # levels with self-attention: 0 is the finest, -1 the deepest
+    attention_levels: list[int] = field(default_factory=lambda: [-1], metadata=_range(-LEVELS, LEVELS - 1))
     decoder_attention: bool = True  # False: MAR's KL-16 has it in the decoder's middle only
     latent_channels: int = _number(32, 1, _WIDTH)
     latent_scale: float | None = _number(None, 1e-6, 1e6)  # MAR's 0.2325; None: by channel, of the shards
-    image_size: int = II("data.image_size")
     kl_weight: float = _number(1e-6, 0, 1e6)  # training only
 
     @property
-    def grid(self) -> int:
-        """Latent positions along a side."""
-        return self.image_size >> (len(self.multipliers) - 1)
+    def stride(self) -> int:
+        """Pixels along the side of a latent position."""
+        return stride(self.multipliers)
 
 
 @dataclass
 class TokenizerConfig:
-    """MaskBit's lookup-free tokenizer."""
+    """The discrete tokenizer: MaskBit's of binary codes, or a VQ of learned ones."""
 
     weights: str | None = None
+    kind: str = _word("maskbit", *TOKENIZERS)
     width: int = _number(128, 1, _WIDTH)
     multipliers: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4], metadata=_range(1, 64))
     blocks: int = _number(2, 1, 64)
     decoder_blocks: int | None = _number(None, 1, 64)  # None: as many as `blocks`
-    bits: int = _number(14, 1, 24)
-    image_size: int = II("data.image_size")
+    bits: int = _number(14, 1, 24)  # of a token: one of 2^bits codes
+    code_dim: int | None = _number(None, 1, _WIDTH)  # channels of a learned code; None: a code is its bits
     commitment_weight: float = _number(0.25, 0, 1e6)  # training only, as the three below
     entropy_weight: float = _number(0.02, 0, 1e6)
     entropy_temperature: float = _number(0.01, 1e-6, 1e6)
     entropy_gamma: float = _number(1.0, 0, 1e6)
 
     @property
-    def grid(self) -> int:
-        """Discrete tokens along a side."""
-        return self.image_size >> (len(self.multipliers) - 1)
+    def stride(self) -> int:
+        """Pixels along the side of a discrete token."""
+        return stride(self.multipliers)
 
 
 @dataclass
@@ -122,10 +129,11 @@ class ModelConfig:
 
     guidance: str = _word("dc_mix", *GUIDANCES)
     process: str = _word("ddpm", *PROCESSES)  # of the head: the paper's DDPM, or flow matching of the velocity
-    grid: int = _number(16, 1, _SIDE)  # token positions along a side
+    grid: int = _number(MISSING, 1, _SIDE)  # token positions along a side; left out, as many as cover the latents
     patch: int = _number(1, 1, _SIDE)  # latent cells along a side of a token
     latent_channels: int = II("vae.latent_channels")
     code_bits: int = II("tokenizer.bits")
+    code_dim: int | None = II("tokenizer.code_dim")
     classes: int = II("data.classes")
     class_tokens: int = _number(64, 1, _WIDTH)
     encoder_width: int = _number(768, 1, _WIDTH)
@@ -270,3 +278,13 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+
+    @property
+    def latent_grid(self) -> int:
+        """Latent positions along a side."""
+        return self.data.image_size // self.vae.stride
+
+    @property
+    def code_grid(self) -> int:
+        """Discrete tokens along a side."""
+        return self.data.image_size // self.tokenizer.stride

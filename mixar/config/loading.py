@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mixar.config.checks import get, validate
-from mixar.config.knobs import Config
+from mixar.config.knobs import Config, stride
+from mixar.config.old import MISSING, upgrade
 from mixar.errors import UserError, did_you_mean
 from mixar.resources import config_names, find_config
 
@@ -38,6 +39,7 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
     trusting = any([values.pop("trust_pickle", False) for values, _ in layers])
     layers += [(_read_override(text), text) for text in overrides or []]
     for layer, source in layers:
+        upgrade(layer, merged.data.image_size, list(merged.vae.multipliers))
         _check_keys(layer, Config, source)
         try:
             merged = OmegaConf.merge(merged, layer)
@@ -67,6 +69,9 @@ def section_from_dict(section: type[Section], values: dict[str, Any], source: st
     Raises:
         UserError: an unknown key or a wrong type.
     """
+    name = next((name for name, kind in typing.get_type_hints(Config).items() if kind is section), "")
+    values = MISSING.get(name, {}) | values
+    upgrade({name: values})
     _check_keys(values, section, source)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(section), _literal(values))
@@ -231,6 +236,9 @@ def _type_message(error: Exception, source: str) -> str:
 
 def _to_object(merged: Any) -> Config:
     try:
+        if OmegaConf.is_missing(merged.model, "grid"):  # it follows from three values, which no interpolation can do
+            cells = merged.data.image_size // stride(merged.vae.multipliers)
+            merged = OmegaConf.merge(merged, {"model": {"grid": max(1, cells // max(1, merged.model.patch))}})
         return typing.cast(Config, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise UserError(_type_message(error, "config")) from None

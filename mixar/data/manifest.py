@@ -81,8 +81,8 @@ def check_manifest(manifest: Manifest, config: Config) -> None:
         ("latent channels", manifest.latent_channels, config.vae.latent_channels,
          f"vae.latent_channels={manifest.latent_channels}"),
         ("bits per code", manifest.code_bits, config.tokenizer.bits, f"tokenizer.bits={manifest.code_bits}"),
-        ("latent grid", manifest.grid, config.vae.grid, f"vae.multipliers with {levels(manifest.grid)} entries"),
-        ("code grid", manifest.code_grid, config.tokenizer.grid,
+        ("latent grid", manifest.grid, config.latent_grid, f"vae.multipliers with {levels(manifest.grid)} entries"),
+        ("code grid", manifest.code_grid, config.code_grid,
          f"tokenizer.multipliers with {levels(manifest.code_grid)} entries"),
     ):
         if found != wanted:

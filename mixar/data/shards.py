@@ -21,7 +21,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from mixar import __version__
-from mixar.codecs import VAE, Tokenizer, posterior
+from mixar.codecs import VAE, Tokenizer, from_bytes, posterior
 from mixar.config import Config
 from mixar.data.images import BrokenImageError, ImageSet, ImageSource
 from mixar.data.manifest import FORMAT, Manifest, check_manifest, read_manifest
@@ -95,7 +95,6 @@ def prepare(
 
 def planned_manifest(cfg: Config, images: ImageSet, vae: VAE, tokenizer: Tokenizer) -> Manifest:
     """The manifest of a set before it is made: all but counts and statistics."""
-    grid, code_grid = (cfg.data.image_size >> (len(codec.config.multipliers) - 1) for codec in (vae, tokenizer))
     return Manifest(
         format=FORMAT,
         mixar=__version__,
@@ -104,8 +103,8 @@ def planned_manifest(cfg: Config, images: ImageSet, vae: VAE, tokenizer: Tokeniz
         class_counts=[],
         image_size=cfg.data.image_size,
         crop="adm",
-        grid=grid,
-        code_grid=code_grid,
+        grid=cfg.data.image_size // vae.config.stride,
+        code_grid=cfg.data.image_size // tokenizer.config.stride,
         latent_channels=vae.config.latent_channels,
         code_bits=tokenizer.config.bits,
         vae=fingerprint(vae.state_dict()),
@@ -207,9 +206,9 @@ class _Encoder:
     @torch.inference_mode()
     def _encode(self, pixels: Tensor) -> tuple[NDArray, NDArray]:
         """uint8 [B, 3, H, W] to moments [B, 2, 2C, h, w] and codes [B, 2, N]."""
-        plain = pixels.to(self.device).float() / 255
+        plain = from_bytes(pixels.to(self.device))
         both = rearrange([plain, plain.flip(-1)], "f b c h w -> (b f) c h w")
-        moments = rearrange(self.vae.encode(2 * both - 1).half().cpu(), "(b f) c h w -> b f c h w", f=2).numpy()
+        moments = rearrange(self.vae.encode(both).half().cpu(), "(b f) c h w -> b f c h w", f=2).numpy()
         codes = rearrange(self.tokenizer.encode(both).cpu(), "(b f) n -> b f n", f=2).numpy()
         if not np.isfinite(moments).all():
             raise UserError("the VAE gives latents that are not finite in float16: check vae.weights")
@@ -272,7 +271,7 @@ def verify(shards: str, vae: VAE, tokenizer: Tokenizer, out_png: str | Path, cou
     device = next(vae.parameters()).device
     moments = torch.from_numpy(np.stack([row["moments"] for row in rows])).to(device)
     codes = torch.from_numpy(np.stack([row["codes"][0].astype(np.int64) for row in rows])).to(device)
-    decoded = [vae.decode(posterior(moments[:, flip])[0]) / 2 + 0.5 for flip in (0, 1)]
+    decoded = [vae.decode(posterior(moments[:, flip])[0]) for flip in (0, 1)]
     shown = torch.cat([*decoded, tokenizer.to(device).decode(codes)]).clamp(0, 1)
     with replacing(out_png) as part:
         save_image(shown, part, format="png", nrow=len(rows))

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixar.codecs import from_bytes, posterior, to_bytes
 from mixar.demo.picture import draw_rows
 from mixar.demo.stages import NETWORKS, Demo, pixels
 from mixar.environment import environment
@@ -23,7 +24,7 @@ def run_demo(demo: Demo) -> dict[str, Any]:
     pipeline = demo.pipeline().with_settings(batch=250)
     held_set = demo.image_set("held")
     spread = torch.linspace(0, len(held_set) - 1, min(500, len(held_set))).long()
-    held, held_labels = pixels(held_set.subset(spread.tolist()), pipeline.vae.config.image_size)
+    held, held_labels = pixels(held_set.subset(spread.tolist()), pipeline.image_size)
     labels, seeds = demo.labels_and_seeds(demo.length.samples)
     with demo.stage("samples") as todo:
         file = demo.out / "samples.pt"
@@ -73,13 +74,11 @@ def run_demo(demo: Demo) -> dict[str, Any]:
 def reconstruct(pipeline: MixARPipeline, images: Tensor) -> dict[str, Tensor]:
     """The reconstructions of images uint8 [B, 3, H, W] by each codec, in the same form."""
     assert pipeline.tokenizer is not None
-    batches = [batch.to(pipeline.device) / 255 for batch in images.split(100)]
-    by_vae = [pipeline.vae.decode(pipeline.vae.encode(b * 2 - 1).chunk(2, 1)[0]) / 2 + 0.5 for b in batches]
-    by_tokenizer = [pipeline.tokenizer.decode(pipeline.tokenizer.encode(b)) for b in batches]
-    return {
-        name: (torch.cat(parts).float().clamp(0, 1) * 255).round().byte().cpu()
-        for name, parts in (("vae", by_vae), ("tokenizer", by_tokenizer))
-    }
+    vae, tokenizer = pipeline.vae, pipeline.tokenizer
+    batches = [from_bytes(batch.to(pipeline.device)) for batch in images.split(100)]
+    by_vae = [to_bytes(vae.decode(posterior(vae.encode(batch))[0])).cpu() for batch in batches]
+    by_tokenizer = [to_bytes(tokenizer.decode(tokenizer.encode(batch))).cpu() for batch in batches]
+    return {"vae": torch.cat(by_vae), "tokenizer": torch.cat(by_tokenizer)}
 
 
 def images_per_second(demo: Demo) -> dict[str, float]:

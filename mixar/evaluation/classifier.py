@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixar.codecs import from_bytes
 from mixar.config import section_from_dict
 from mixar.weights import loaded, read_export, write_export
 
@@ -42,7 +43,7 @@ class Classifier(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """Features float32 [B, F] of images [B, 3, H, W]."""
-        x = images.float() / 255 if images.dtype == torch.uint8 else images
+        x = from_bytes(images) if images.dtype == torch.uint8 else images
         return self.embedding(self.stages(2 * x - 1).mean((2, 3)))
 
     def classify(self, features: Tensor) -> Tensor:

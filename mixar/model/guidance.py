@@ -39,6 +39,29 @@ class CodeProjection(nn.Module):
         return mix_gather(encoded, slots, codes, self.weight, self.bias, positions, *(mixture or ()))
 
 
+class CodebookProjection(nn.Module):
+    """DC-Mix (Eq. 9) with its linear map of the token's learned code; of a dropped token it is the bias alone."""
+
+    codebook: Tensor  # [K, n], the tokenizer's own, which no training changes
+
+    def __init__(self, codes: int, channels: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("codebook", torch.zeros(codes, channels))
+        self.weight = nn.Parameter(torch.empty(width, channels))
+        self.bias = nn.Parameter(torch.empty(width))
+
+    def forward(
+        self, encoded: Tensor, slots: Tensor, codes: Tensor, positions: Tensor, mixture: Mixture | None
+    ) -> Tensor:
+        """The decoder's input [B, P, D]. Arguments as in `mix_gather`."""
+        dropped = len(self.codebook)  # a code of zeros behind the others
+        table = F.linear(F.pad(self.codebook, (0, 0, 0, 1)), self.weight, self.bias)
+        codes = torch.where(codes < 0, dropped, codes)
+        if mixture is not None:
+            mixture = mixture._replace(drawn=torch.where(mixture.drawn < 0, dropped, mixture.drawn))
+        return mix_gather(encoded, slots, codes, table, None, positions, *(mixture or ()))
+
+
 class CodeTable(nn.Module):
     """The learned table of the discrete tokens (DC-SA, DC-CA)."""
 
@@ -111,12 +134,14 @@ class Guidance:
 
 
 class DCMix(Guidance):
-    """`dc_mix`: at the masked positions of the decoder a linear map of the token's ±1 bits (Eq. 9)."""
+    """`dc_mix`: at the masked positions of the decoder a linear map of the token's ±1 bits, or learned code (Eq. 9)."""
 
     first_values: ClassVar[dict[str, str]] = {"code_proj.weight": "xavier", "code_proj.bias": "zero"}
 
     def parts(self) -> dict[str, nn.Parameter | nn.Module]:
-        return {"code_proj": CodeProjection(self.cfg.code_bits, self.cfg.decoder_width)}
+        bits, channels, width = self.cfg.code_bits, self.cfg.code_dim, self.cfg.decoder_width
+        learned = None if channels is None else CodebookProjection(2**bits, channels, width)
+        return {"code_proj": learned or CodeProjection(bits, width)}
 
     def mix(
         self, codes: Tensor | None, masking: Masking, mixture: Mixture | None

@@ -1,4 +1,4 @@
-"""Training the two codecs: reconstruction with the VAE's divergence, or with the tokenizer's lookup-free losses."""
+"""Training the codecs: reconstruction with the VAE's divergence, or with the losses of a tokenizer's quantizer."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixar import draws
-from mixar.codecs import VAE, Tokenizer, kl
+from mixar.codecs import VAE, Tokenizer, build_tokenizer, from_bytes, kl, posterior, to_bytes
 from mixar.config import Config, to_dict
 from mixar.data.batch import Batch
 from mixar.draws import Stream
@@ -43,9 +43,8 @@ class CodecObjective(Drawn):
     @torch.no_grad()
     def preview(self, model: nn.Module) -> Tensor | None:
         device = next(model.parameters()).device
-        output = self.reconstruct(model, self.shown.to(device) / 255)
-        pairs = torch.stack([self.shown, (output.float().clamp(0, 1) * 255).round().byte().cpu()], 1)
-        return pairs.flatten(0, 1)
+        output = self.reconstruct(model, from_bytes(self.shown.to(device)))
+        return torch.stack([self.shown, to_bytes(output).cpu()], 1).flatten(0, 1)
 
     def export(self, model: nn.Module, folder: Path, about: dict[str, Any]) -> None:
         section = getattr(self.cfg, self.kind)
@@ -62,40 +61,39 @@ class VAEObjective(CodecObjective):
 
     def loss(self, model: nn.Module, batch: Batch, epoch: float) -> tuple[Tensor, Scalars]:
         assert batch.images is not None
-        images = batch.images / 255
-        grid = self.cfg.vae.grid
+        images = from_bytes(batch.images)
+        grid = self.cfg.latent_grid
         noise = draws.normal(self.cfg.seed, Stream.POSTERIOR, batch.index, self.cfg.vae.latent_channels, grid, grid)
-        output, moments = model(images * 2 - 1, noise)
-        reconstruction = reconstruction_loss(output.float() / 2 + 0.5, images)
+        output, moments = model(images, noise)
+        reconstruction = reconstruction_loss(output, images)
         divergence = kl(moments).mean()
         loss = reconstruction + self.cfg.vae.kl_weight * divergence
         return loss, {"loss": mean_of(loss), "reconstruction": mean_of(reconstruction), "kl": mean_of(divergence)}
 
     def reconstruct(self, model: nn.Module, images: Tensor) -> Tensor:
         assert isinstance(model, VAE)
-        mean = model.encode(images * 2 - 1).chunk(2, 1)[0]
-        return model.decode(mean) / 2 + 0.5
+        return model.decode(posterior(model.encode(images))[0])
 
 
 class TokenizerObjective(CodecObjective):
-    """Reconstruction plus MaskBit's commitment and entropy losses."""
+    """Reconstruction plus the losses of the tokenizer's quantizer."""
 
     kind = "tokenizer"
     _assignment: Tensor | None = None  # the mean over a step's images; None where one pass sees them all
 
     def build(self) -> nn.Module:
-        return Tokenizer(self.cfg.tokenizer)
+        return build_tokenizer(self.cfg.tokenizer)
 
     def survey(self, model: nn.Module, batches: Sequence[Batch], mean: Callable[[Tensor], Tensor]) -> None:
         # the entropy of the mean assignment is no mean over the images: a pass must know what the others assign
-        found = [model(batch.images / 255, survey=True)[0] for batch in batches if batch.images is not None]
+        found = [model(from_bytes(batch.images), survey=True)[0] for batch in batches if batch.images is not None]
         self._assignment = mean(torch.stack(found).mean(0))
 
     def loss(self, model: nn.Module, batch: Batch, epoch: float) -> tuple[Tensor, Scalars]:
         assert batch.images is not None
-        images = batch.images / 255
+        images = from_bytes(batch.images)
         output, parts = model(images, self._assignment)
-        reconstruction = reconstruction_loss(output.float(), images)
+        reconstruction = reconstruction_loss(output, images)
         loss = reconstruction + parts.pop("quantizer_loss")
         scalars = {"loss": mean_of(loss), "reconstruction": mean_of(reconstruction)}
         return loss, scalars | {name: mean_of(value) for name, value in parts.items()}

@@ -13,7 +13,7 @@ from mixar.weights import describe_export, find_export, fingerprint
 # what a network's own config must share with the run's: images of another size are no matter to convolutions
 GEOMETRY = {
     "vae": {"latent_channels": "latent channels", "levels": "levels"},
-    "tokenizer": {"bits": "bits per token", "levels": "levels"},
+    "tokenizer": {"kind": "as its kind", "bits": "bits per token", "code_dim": "channels per code", "levels": "levels"},
     "prior": {"bits": "bits per token", "grid": "tokens along a side", "classes": "classes"},
 }
 
@@ -87,5 +87,5 @@ class Frozen:
         return network
 
 
-def _measure(config: Any, name: str) -> int:
+def _measure(config: Any, name: str) -> Any:
     return len(config.multipliers) if name == "levels" else getattr(config, name)

@@ -47,6 +47,8 @@ class MixARObjective:
         return MixAR(self.cfg.model)
 
     def initial(self, name: str, like: Tensor) -> Tensor:
+        if name == "code_proj.codebook":
+            return self.frozen.tokenizer.codebook()
         return initial_value(name, like, self.cfg.seed)
 
     def decays(self, name: str, parameter: Tensor) -> bool:
@@ -148,6 +150,8 @@ class MixARObjective:
 
     def open(self) -> None:
         self.frozen.open(self._needed)
+        if self.cfg.model.guidance == "dc_mix" and self.cfg.model.code_dim is not None:
+            self.frozen.tokenizer.codebook()  # DC-Mix maps it: without the tokenizer's weights there is no training
 
     def preview(self, model: nn.Module) -> Tensor | None:
         if self.frozen.missing(self._needed):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mixar import draws
+from mixar.codecs import to_bytes
 from mixar.config import Config, to_dict
 from mixar.data.batch import Batch
 from mixar.draws import Stream
@@ -54,9 +55,9 @@ class PriorObjective(Drawn):
         seeds = torch.arange(32, device=device)
         u, gumbel = keyed_draws(seeds, self.cfg.prior.grid**2, self.cfg.prior.splits)
         codes = sample_codes(model, seeds % self.cfg.data.classes, self.cfg.sample, u, gumbel)
-        images = self.frozen.tokenizer.to(device).decode(codes).float()
+        images = self.frozen.tokenizer.to(device).decode(codes)
         self.frozen.rest(["tokenizer"])
-        return (images.clamp(0, 1) * 255).byte().cpu()
+        return to_bytes(images).cpu()
 
     def export(self, model: nn.Module, folder: Path, about: dict[str, Any]) -> None:
         section = to_dict(self.cfg.prior) | {"weights": None}

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mixar.cards import CARDS
-from mixar.codecs import VAE, Tokenizer
+from mixar.codecs import VAE, build_tokenizer
 from mixar.config import Config
 from mixar.data.manifest import read_manifest
 from mixar.errors import UserError
@@ -89,7 +89,7 @@ def _build(cfg: Config, task: str) -> nn.Module:
     with torch.device("meta"):
         return {
             "mixar": lambda: MixAR(cfg.model), "prior": lambda: Prior(cfg.prior),
-            "vae": lambda: VAE(cfg.vae), "tokenizer": lambda: Tokenizer(cfg.tokenizer),
+            "vae": lambda: VAE(cfg.vae), "tokenizer": lambda: build_tokenizer(cfg.tokenizer),
         }[task]()  # fmt: skip
 
 

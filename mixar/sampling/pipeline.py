@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mixar.codecs import VAE, LatentNorm, Tokenizer, load_tokenizer, load_vae, to_uint8
+from mixar.codecs import VAE, LatentNorm, Tokenizer, load_tokenizer, load_vae, to_bytes
 from mixar.config import (
     ModelConfig,
     PriorConfig,
@@ -127,6 +126,11 @@ class MixARPipeline:
         every = {"model": self.model, "vae": self.vae, "tokenizer": self.tokenizer, "prior": self.prior}
         return {name: network for name, network in every.items() if network is not None}
 
+    @property
+    def image_size(self) -> int:
+        """Side of an image in pixels."""
+        return self.model.config.grid * self.model.config.patch * self.vae.config.stride
+
     def save_pretrained(self, path: str | Path, replace: bool = False, **about: Any) -> Path:
         """Write model, codecs and prior as one folder of safetensors with a config.json each.
 
@@ -212,10 +216,10 @@ class MixARPipeline:
     def decode_codes(self, codes: Tensor) -> Tensor:
         """Discrete tokens [B, N] through their own tokenizer: uint8 [B, 3, H, W]."""
         assert self.tokenizer is not None, "decoding discrete tokens needs the tokenizer"
-        images = [self.tokenizer.decode(codes[b].to(self.device)).float().cpu() for b in self._batches(len(codes))]
+        images = [self.tokenizer.decode(codes[b].to(self.device)) for b in self._batches(len(codes))]
         for decoded in images:
             _require_finite(tokenizer=decoded)
-        return (torch.cat(images).clamp(0, 1) * 255).byte()  # MaskBit truncates
+        return to_bytes(torch.cat(images)).cpu()
 
     def checked(self, labels: Tensor | Sequence[int], seeds: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
         """Labels and seeds as int64 [B] each, for what a call can draw.
@@ -262,19 +266,21 @@ class MixARPipeline:
         latents = self.norm.denormalise(unpatchify(tokens, self.model.config.patch))
         images = self.vae.decode(latents)
         _require_finite(model=tokens, vae=images)
-        return rearrange(to_uint8(images), "b h w c -> b c h w").cpu()
+        return to_bytes(images).cpu()
 
 
 def _check_geometry(model: MixAR, vae: VAE, prior: Prior | None, tokenizer: Tokenizer | None) -> None:
     """UserError where the networks' tokens are not the model's: cut to its size, they would be others."""
     cfg = model.config
-    pairs = [("VAE", "latent channels", vae.config.latent_channels, cfg.latent_channels)]
+    pairs: list[tuple[str, str, int | None, int | None]] = []
+    pairs += [("VAE", "latent channels", vae.config.latent_channels, cfg.latent_channels)]
     if prior is not None:
         pairs += [("prior", "bits per token", prior.config.bits, cfg.code_bits)]
         pairs += [("prior", "tokens along a side", prior.config.grid, cfg.grid)]
         pairs += [("prior", "classes", prior.config.classes, cfg.classes)]
     if tokenizer is not None:
         pairs += [("tokenizer", "bits per token", tokenizer.config.bits, cfg.code_bits)]
+        pairs += [("tokenizer", "channels per code", tokenizer.config.code_dim, cfg.code_dim)]
     for network, what, found, wanted in pairs:
         if found != wanted:
             raise UserError(f"the {network} has {found} {what}, the model {wanted}: name the one it was trained with")

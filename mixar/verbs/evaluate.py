@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
 
 def sample_and_score(samples: SampleSet, points: Points, scorer: Scorer, out: Path | None, kept: Path | None) -> None:
     """Sample and score, at each point of a grid where there is one."""
-    scorer.check((samples.pipeline.vae.config.image_size,) * 2, samples.count)
+    scorer.check((samples.pipeline.image_size,) * 2, samples.count)
     if points:
         save(scorer, kept)
         run_grid(samples, points, scorer, out)

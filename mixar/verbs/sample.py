@@ -7,6 +7,7 @@ import torch
 from torchvision.io import read_image
 from torchvision.utils import save_image
 
+from mixar.codecs import from_bytes
 from mixar.errors import UserError
 from mixar.files import check_writable, replacing
 from mixar.sampling.record import RECORD
@@ -44,4 +45,4 @@ def draw_grid(files: list[Path], grid: Path) -> None:
             "and the same command writes it again"
         ) from None
     with replacing(grid) as part:
-        save_image(images / 255, part, nrow=8, format="PNG")
+        save_image(from_bytes(images), part, nrow=8, format="PNG")

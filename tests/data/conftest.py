@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mixar.codecs import VAE, Tokenizer
+from mixar.codecs import VAE, Tokenizer, build_tokenizer
 from mixar.config import Config, load_config
 from mixar.data.images import open_images
 from mixar.data.shards import prepare
@@ -37,7 +37,7 @@ def make_config(folder, tmp_path) -> Callable[..., Config]:
     def make(*overrides: str) -> Config:
         return load_config(None, [
             f"data.images={folder}", f"data.shards={tmp_path}/shards", "data.image_size=16", "data.classes=2",
-            "data.workers=0", "vae.width=32", "vae.multipliers=[1,1,1]", "vae.blocks=1", "vae.attention=[]",
+            "data.workers=0", "vae.width=32", "vae.multipliers=[1,1,1]", "vae.blocks=1", "vae.attention_levels=[]",
             "vae.latent_channels=3", "tokenizer.width=32", "tokenizer.multipliers=[1,1,1]", "tokenizer.blocks=1",
             "tokenizer.bits=6", "model.grid=4", "prior.width=16", "prior.depth=1", "prior.heads=2",
             "prior.mlp_width=32", "sample.prior_steps=4", *overrides,
@@ -50,7 +50,7 @@ def make_config(folder, tmp_path) -> Callable[..., Config]:
 def codecs(make_config) -> tuple[VAE, Tokenizer]:
     """A VAE and a tokenizer with random weights, the same ones in every test."""
     torch.manual_seed(0)
-    return VAE(make_config().vae).eval(), Tokenizer(make_config().tokenizer).eval()
+    return VAE(make_config().vae).eval(), build_tokenizer(make_config().tokenizer).eval()
 
 
 @pytest.fixture(scope="session")

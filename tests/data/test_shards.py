@@ -51,7 +51,7 @@ def test_a_row_is_both_flips_of_its_image(make_config, codecs, shards):
     for i in (0, 17, 39):
         pixels = torch.from_numpy(np.array(adm_crop(images.load(i), 16))).permute(2, 0, 1)[None] / 255
         for flip, image in enumerate((pixels, pixels.flip(-1))):
-            moments = vae.encode(image * 2 - 1)[0].numpy()
+            moments = vae.encode(image)[0].numpy()
             assert stored[i]["moments"].dtype == np.float16
             np.testing.assert_allclose(stored[i]["moments"][flip], moments, rtol=2e-3, atol=1e-4)
             assert stored[i]["codes"][flip].tolist() == tokenizer.encode(image)[0].tolist()
@@ -330,7 +330,7 @@ def test_verify_shows_what_the_codecs_make_of_the_shards(codecs, shards, tmp_pat
     last = rows(shards)[39]
     with torch.no_grad():
         mean = torch.from_numpy(last["moments"][:, :3].astype(np.float32))
-        plain, mirrored = (vae.decode(mean) / 2 + 0.5).clamp(0, 1)
+        plain, mirrored = vae.decode(mean).clamp(0, 1)
         code = tokenizer.decode(torch.from_numpy(last["codes"][:1].astype(np.int64))).clamp(0, 1)[0]
     for row, image in enumerate((plain, mirrored, code)):
         assert np.abs(tiles[row][4] - image.permute(1, 2, 0).numpy() * 255).max() < 1.01

@@ -6,7 +6,7 @@ from einops import rearrange
 from fixtures import assert_close, load
 from torch import Tensor
 
-from mixar.codecs import Tokenizer
+from mixar.codecs import Tokenizer, build_tokenizer
 from mixar.config import TokenizerConfig
 from mixar.ops import code_bits
 from mixar.weights import load_strict
@@ -23,13 +23,12 @@ def golden():
 @pytest.fixture(scope="module")
 def tokenizer(golden) -> Tokenizer:
     config = golden.config
-    tokenizer = Tokenizer(TokenizerConfig(
+    tokenizer = build_tokenizer(TokenizerConfig(
         width=config["hidden_channels"],
         multipliers=config["channel_mult"],
         blocks=config["num_res_blocks"],
         decoder_blocks=config.get("num_res_blocks_decoder"),
         bits=config["token_size"],
-        image_size=config["image_size"],
         commitment_weight=config["commitment_cost"],
         entropy_weight=config["entropy_loss_weight"],
         entropy_temperature=config["entropy_loss_temperature"],

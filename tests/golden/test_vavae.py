@@ -1,11 +1,14 @@
 """The VAE against the reference's arrays."""
 
+import math
+
 import pytest
 import torch
+from einops import rearrange
 from fixtures import assert_close, load
 from torch import Tensor
 
-from mixar.codecs import VAE, LatentNorm, kl, posterior, to_uint8
+from mixar.codecs import VAE, LatentNorm, kl, posterior, to_bytes
 from mixar.config import VAEConfig
 from mixar.weights import load_strict
 
@@ -24,9 +27,8 @@ def vae(golden) -> VAE:
         width=config["ch"],
         multipliers=config["ch_mult"],
         blocks=config["num_res_blocks"],
-        attention=config["attn_resolutions"],
+        attention_levels=[int(math.log2(config["resolution"] // side)) for side in config["attn_resolutions"]],
         latent_channels=config["embed_dim"],
-        image_size=config["resolution"],
     ))
     load_strict(vae, golden.under("sd."), "the fixture")
     return vae.eval().requires_grad_(False)
@@ -35,7 +37,7 @@ def vae(golden) -> VAE:
 def test_the_encoder_gives_the_moments(golden, vae) -> None:
     hidden: list[Tensor] = []
     hook = vae.encoder.register_forward_hook(lambda module, inputs, output: hidden.append(output))
-    moments = vae.encode(golden.tensors["in.image"])
+    moments = vae.encode(golden.tensors["in.image"] / 2 + 0.5)  # the reference's images lie in [-1, 1]
     hook.remove()
     assert_close(hidden[0], golden.tensors["out.enc_h"], STRICT, "encoder")
     assert_close(moments, golden.tensors["out.moments"], STRICT, "moments")
@@ -59,13 +61,13 @@ def test_moments_beyond_the_range_are_clamped(golden) -> None:
 
 @pytest.mark.parametrize(("latent", "image"), [("in.latent", "out.decoded"), ("out.sample", "out.decoded_sample")])
 def test_the_decoder_gives_the_image(golden, vae, latent: str, image: str) -> None:
-    assert_close(vae.decode(golden.tensors[latent]), golden.tensors[image], STRICT, image)
+    assert_close(vae.decode(golden.tensors[latent]) * 2 - 1, golden.tensors[image], STRICT, image)
 
 
 def test_the_decoded_image_in_bytes(golden, vae) -> None:
-    expected = golden.tensors["out.uint8"]
-    assert torch.equal(to_uint8(golden.tensors["out.decoded"]), expected)
-    ours = to_uint8(vae.decode(golden.tensors["in.latent"]))
+    expected = rearrange(golden.tensors["out.uint8"], "b h w c -> b c h w")
+    assert torch.equal(to_bytes(golden.tensors["out.decoded"] / 2 + 0.5), expected)
+    ours = to_bytes(vae.decode(golden.tensors["in.latent"]))
     assert (ours.int() - expected.int()).abs().max() <= 1
 
 

@@ -34,7 +34,8 @@ def test_keys_sites_and_layers_drop_independently() -> None:
 
 def test_an_image_does_not_see_its_batch() -> None:
     cfg = ModelConfig(
-        grid=4, latent_channels=3, code_bits=4, classes=3, class_tokens=2, head_depth=1, head_width=32, dropout=0.3,
+        grid=4, latent_channels=3, code_bits=4, code_dim=None, classes=3, class_tokens=2, head_depth=1, head_width=32,
+        dropout=0.3,
         encoder_width=32, encoder_depth=2, encoder_heads=2, decoder_width=32, decoder_depth=2, decoder_heads=2,
     )  # fmt: skip
     model = MixAR(cfg).train()

@@ -11,15 +11,16 @@ from mixar.model import MixAR, init_weights
 from mixar.model.attention import Wanted
 from mixar.model.guidance import CLASSES
 from mixar.model.init import RULES
+from mixar.ops import code_bits
 
 N, C = 16, 6
 
 
 def build(guidance: str, **changes) -> MixAR:
     cfg = {
-        "guidance": guidance, "grid": 4, "latent_channels": C, "code_bits": 5, "classes": 4, "class_tokens": 3,
-        "encoder_width": 32, "encoder_depth": 2, "encoder_heads": 4, "decoder_width": 48, "decoder_depth": 1,
-        "decoder_heads": 3, "head_depth": 1, "head_width": 24,
+        "guidance": guidance, "grid": 4, "latent_channels": C, "code_bits": 5, "code_dim": None, "classes": 4,
+        "class_tokens": 3, "encoder_width": 32, "encoder_depth": 2, "encoder_heads": 4, "decoder_width": 48,
+        "decoder_depth": 1, "decoder_heads": 3, "head_depth": 1, "head_width": 24,
     }  # fmt: skip
     model = MixAR(ModelConfig(**(cfg | changes)))
     init_weights(model, 0)
@@ -69,6 +70,25 @@ def test_dc_mix_takes_codes_at_masked_positions_only() -> None:
     base = z_of(model, tokens, labels, codes, masking)
     assert torch.equal(base, z_of(model, tokens, labels, torch.where(masking.masked, codes, codes ^ 31), masking))
     assert not torch.allclose(base, z_of(model, tokens, labels, codes ^ 31, masking), atol=1e-4)
+
+
+def test_dc_mix_maps_learned_codes_as_it_maps_bits() -> None:
+    """With MaskBit's corners for a codebook, and the same map, nothing changes: seen, dropped and mixed tokens."""
+    bits, learned = build("dc_mix"), build("dc_mix", code_dim=5)
+    bits.code_proj.bias.data.normal_(0, 0.1)  # it starts at zero
+    learned.load_state_dict(bits.state_dict() | {"code_proj.codebook": code_bits(torch.arange(32), 5)})
+    tokens, labels, codes, order = inputs()
+    codes[1] = -1
+    masking = Masking.from_order(order, [12] * 3)
+    mixture = Mixture((codes ^ 31).masked_fill(codes < 0, -1), draws.uniform(0, Stream.RHO, torch.arange(3), N),
+                      torch.tensor([0.4]))  # fmt: skip
+    classes, every = bits.class_embedding(labels), Wanted(torch.arange(3 * N), (N,) * 3)
+    for given in (None, mixture):
+        with torch.no_grad():
+            found, expected = (
+                model.condition(tokens, classes, masking, codes, every, mixture=given) for model in (learned, bits)
+            )
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("guidance", ["dc_sa", "dc_ca"])

@@ -14,7 +14,7 @@ import torch
 
 from mixar.__main__ import main
 from mixar.checkpoint import complete_checkpoints, load_ema
-from mixar.codecs import Tokenizer
+from mixar.codecs import build_tokenizer
 from mixar.config import Config, load_config, to_dict
 from mixar.data.loader import ShardSource
 from mixar.errors import UserError
@@ -185,7 +185,7 @@ def other(home: Path, folder: Path, kind: str, **changes) -> Path:
     for name, value in changes.items():
         setattr(section, name, value)
     torch.manual_seed(1)
-    network = {"tokenizer": Tokenizer, "prior": Prior}[kind](section)
+    network = {"tokenizer": build_tokenizer, "prior": Prior}[kind](section)
     write_export(folder / kind, kind, to_dict(section) | {"weights": None}, network.state_dict())
     return folder / kind
 
@@ -228,7 +228,7 @@ def test_other_data_does_not_resume_a_run(home, run, tmp_path) -> None:
     (shards / "manifest.json").write_text(json.dumps(manifest | {"latent_std": [2.0, 2.0, 2.0]}))
     with pytest.raises(UserError, match=r"\(they differ in latents\)"):
         train(config(home, run, "train.epochs=4", f"data.shards={shards}"))
-    for change in ("data.flip=false", "mask.minimum=0.5", "vae.attention=[4]"):
+    for change in ("data.flip=false", "mask.minimum=0.5", "vae.attention_levels=[2]"):
         with pytest.raises(UserError, match=f"was started with {change.split('=')[0]}="):
             train(config(home, run, "train.epochs=4", change))
 

@@ -14,7 +14,7 @@ from mixar.weights import read_export
 VAE_RUN = """
 task: vae
 data: {images: digits, image_size: 16, classes: 10, held_out: 4936, workers: 0}
-vae: {width: 16, multipliers: [1, 2], blocks: 1, attention: [], latent_channels: 4}
+vae: {width: 16, multipliers: [1, 2], blocks: 1, attention_levels: [], latent_channels: 4}
 optim: {lr: 0.01, warmup_epochs: 0, ema: 0.5}
 train: {epochs: 2, batch: 32, precision: fp32}
 """

@@ -1,0 +1,41 @@
+"""A tokenizer of learned codes: VQ-VAE (van den Oord et al. 2017) with the codes on a sphere, as in ViT-VQGAN.
+
+Codes and what is compared with them have one norm (Yu et al. 2022), so that the nearest code is the one of the smallest
+angle, and no code lies out of reach.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixar.codecs.tokenizer import ConvTokenizer, Losses, Quantizer
+from mixar.config import TokenizerConfig
+
+
+class VQTokenizer(ConvTokenizer):
+    """A token is the index of the nearest of 2^bits codes of `code_dim` channels."""
+
+    def __init__(self, cfg: TokenizerConfig) -> None:
+        assert cfg.code_dim is not None
+        super().__init__(cfg, VectorQuantizer(cfg, cfg.code_dim), cfg.code_dim)
+
+
+class VectorQuantizer(Quantizer):
+    """The codes are learned, on the sphere of radius √K, where their channels have the size of MaskBit's."""
+
+    def __init__(self, cfg: TokenizerConfig, channels: int) -> None:
+        super().__init__(cfg)
+        self.codebook = nn.Parameter(torch.randn(2**cfg.bits, channels))
+
+    def codes(self) -> Tensor:
+        return self.scaled(self.codebook)
+
+    def scaled(self, z: Tensor) -> Tensor:
+        return F.normalize(z, dim=1) * z.shape[1] ** 0.5
+
+    def ids(self, z: Tensor) -> Tensor:
+        with torch.autocast(z.device.type, enabled=False):
+            return (z.movedim(1, -1) @ self.codes().T).argmax(-1)
+
+    def distances(self, z: Tensor, codes: Tensor) -> Losses:
+        return super().distances(z, codes) | {"codebook_loss": F.mse_loss(codes, z.detach())}

@@ -1,0 +1,27 @@
+"""What earlier versions wrote into configs and exports, translated to the keys of now as it is read."""
+
+from typing import Any
+
+# what an export leaves out that was made before the key was there, by section
+MISSING: dict[str, dict[str, Any]] = {"model": {"code_dim": None}}
+
+
+def upgrade(sections: dict[str, Any], image_size: int | None = None, multipliers: list[int] | None = None) -> None:
+    """Rewrite sections of a config in place. They come as read from a file: none of their values has been checked.
+
+    Args:
+        image_size, multipliers: `data.image_size` and `vae.multipliers` where the sections leave them out.
+    """
+    vae, tokenizer = _section(sections, "vae"), _section(sections, "tokenizer")
+    # both codecs kept the data's image size, and attention went by the side of a feature map of such an image
+    size = vae.pop("image_size", _section(sections, "data").get("image_size", image_size))
+    tokenizer.pop("image_size", None)
+    factors, sides = vae.get("multipliers", multipliers), vae.get("attention")
+    if isinstance(size, int) and isinstance(factors, list) and isinstance(sides, list):
+        del vae["attention"]
+        vae["attention_levels"] = [i - len(factors) for i in range(len(factors)) if size >> i in sides]
+
+
+def _section(sections: dict[str, Any], name: str) -> dict[str, Any]:
+    found = sections.get(name)
+    return found if isinstance(found, dict) else {}
