@@ -30,6 +30,7 @@ def on_files(files: Any, config: Any) -> Any:
     from mkdocs.structure.files import File
 
     made = {page: (ROOT / name).read_text() for name, page in (PAGES | {name: name for name in FILES}).items()}
+    made["index.md"] = f"---\nhide: [navigation]\n---\n{made['index.md']}"
     made |= reference()
     for path, content in made.items():
         files.append(File.generated(config, path, content=content))
@@ -43,21 +44,32 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def reference() -> dict[str, str]:
     """Pages, by path, that ask mkdocstrings for every module of a room."""
-    rooms: dict[str, list[str]] = {}
+    rooms: dict[str, list[Path]] = {}
     for path in sorted((ROOT / "mixar").rglob("*.py")):
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        if len(parts) > 1 and parts[1] not in ("__init__", "__main__"):
-            rooms.setdefault(parts[1], []).append(".".join(parts).removesuffix(".__init__"))
-    pages = {f"reference/{room}.md": "\n\n".join(f"::: {name}" for name in names) for room, names in rooms.items()}
-    listed = "\n".join(f"- [mixar.{room}]({room}.md): {summary(names[0])}" for room, names in rooms.items())
-    return {"reference/index.md": f"# API reference\n\nEvery public name, from its docstring.\n\n{listed}\n"} | pages
+        room = path.relative_to(ROOT / "mixar").parts[0].removesuffix(".py")
+        if not room.startswith("__"):
+            rooms.setdefault(room, []).append(path)
+    listed = "\n".join(f"- [mixar.{room}]({room}.md): {summary(paths[0])}" for room, paths in rooms.items())
+    pages = {"reference/index.md": f"# API reference\n\nEvery public name, from its docstring.\n\n{listed}\n"}
+    return pages | {
+        f"reference/{room}.md": "\n\n".join([f"# mixar.{room}", module(paths[0], False), *map(module, paths[1:])])
+        for room, paths in rooms.items()
+    }
 
 
-def summary(module: str) -> str:
-    """The first sentence of a module's docstring."""
-    path = ROOT.joinpath(*module.split("."))
-    text = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
-    return (ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0].replace("\n", " ")
+def module(path: Path, heading: bool = True) -> str:
+    """What asks mkdocstrings for a module, and for what it defines rather than imports."""
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    defined = [
+        node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef | ast.FunctionDef)
+    ]
+    public = [name for name in defined if not name.startswith("_")]
+    return f"::: {name}\n    options: {json.dumps({'members': public, 'show_root_heading': heading})}"
+
+
+def summary(path: Path) -> str:
+    """The first paragraph of a module's docstring."""
+    return (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0].replace("\n", " ")
 
 
 def key_tables() -> str:
