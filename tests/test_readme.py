@@ -17,9 +17,7 @@ from mixar.config import load_config
 from mixar.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-PAGES = "\n".join(
-    path.read_text() for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
-)
+PAGES = "\n".join(path.read_text() for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 PROGRAM = r"(?:\.venv/bin/)?mixar \w|make \w|python -m \w|torchrun |deepspeed |sbatch |slurm/\w+\.sh "
 
 # Every command of README and docs stands in one of these three. Run as printed, after `mixar demo`, with the words that
