@@ -2,28 +2,39 @@
 PYTHON ?= python3
 READY := .venv/installed
 
-.PHONY: demo demo-short test test-fast bench lint
+.PHONY: demo demo-short test test-fast bench lint format docs help
 
-demo: $(READY)
+demo: $(READY)          ## train the whole method on 5,000 digits, on a CPU, and draw a picture of it
 	.venv/bin/mixar demo
 
-demo-short: $(READY)
+demo-short: $(READY)    ## every stage of the demo in about a minute
 	.venv/bin/mixar demo --short
 
-test: $(READY)
+test: $(READY)          ## all tests
 	.venv/bin/python -m pytest
 
-test-fast: $(READY)
-	.venv/bin/python -m pytest -m 'not slow'
+test-fast: $(READY)     ## the tests that need no minutes, in under three
+\t.venv/bin/python -m pytest -m "not slow"
 
-bench: $(READY)
+bench: $(READY)         ## time the step, sampling and the operators against the reference
 	.venv/bin/python benchmarks/bench.py
 
-lint: $(READY)
+lint: $(READY)          ## what a change must pass before its tests
 	.venv/bin/ruff check
+	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
-# the stamp comes last: without it an installation was cut short, which pip cannot mend, so it starts from nothing
+format: $(READY)        ## format the code, and fix what the linter can
+	.venv/bin/ruff check --fix
+	.venv/bin/ruff format
+
+docs: $(READY)          ## build the site into build/site; a broken link or an unlisted page is an error
+	.venv/bin/mkdocs build --strict
+
+help:                   ## these targets
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+# the stamp comes last: without it an installation was cut short, which pip cannot repair, so it starts from nothing
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo 'Python 3.11 or newer with its venv module is needed: sudo apt-get install python3 python3-venv,' \

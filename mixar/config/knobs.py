@@ -52,8 +52,8 @@ class DataConfig:
     shards: str = "data/shards"  # local folder or any URL that streaming takes
     cache: str | None = None  # local folder for remote shards
     image_size: int = _number(256, 1, _SIDE)  # side in pixels after the ADM centre crop
-    classes: int = _number(1000, 1, _CLASSES)
-    count: int | None = _number(None, 1, _IMAGES)  # of the set, to plan without shards; the manifest's count wins
+    classes: int = _number(1000, 1, _CLASSES)  # how many classes there are; labels go from 0 to one less
+    count: int | None = _number(None, 1, _IMAGES)  # images, to plan without shards; the manifest's count wins
     held_out: int = _number(0, 0, _IMAGES)  # images kept from training to score on, each class by its share
     flip: bool = True  # each image is seen flipped half of the time
     workers: int = _number(4, 0, 1024)  # loader processes per rank
@@ -65,15 +65,16 @@ class VAEConfig:
     """KL autoencoder of the LDM family: VA-VAE f16d32 as it stands, MAR's KL-16 with two values changed."""
 
     weights: str | None = None  # an export folder, or a public checkpoint file
-    width: int = _number(128, 1, _WIDTH)
+    width: int = _number(128, 1, _WIDTH)  # channels of the first level
+    # multiples of the width, one per level; every level but the last halves the side
     multipliers: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4], metadata=_range(1, 64))
-    blocks: int = _number(2, 1, 64)  # residual blocks per level in the encoder; the decoder has one more
+    blocks: int = _number(2, 1, 64)  # residual blocks per level of the encoder; the decoder has one more
     # levels with self-attention: 0 is the finest, -1 the deepest
     attention_levels: list[int] = field(default_factory=lambda: [-1], metadata=_range(-LEVELS, LEVELS - 1))
     decoder_attention: bool = True  # False: MAR's KL-16 has it in the decoder's middle only
-    latent_channels: int = _number(32, 1, _WIDTH)
+    latent_channels: int = _number(32, 1, _WIDTH)  # channels of the latents
     latent_scale: float | None = _number(None, 1e-6, 1e6)  # MAR's 0.2325; None: by channel, of the shards
-    kl_weight: float = _number(1e-6, 0, 1e6)  # training only
+    kl_weight: float = _number(1e-6, 0, 1e6)  # of the loss's KL term; training only
 
     @property
     def stride(self) -> int:
@@ -85,18 +86,19 @@ class VAEConfig:
 class TokenizerConfig:
     """The discrete tokenizer: MaskBit's of binary codes, or a VQ of learned ones."""
 
-    weights: str | None = None
-    kind: str = _word("maskbit", *TOKENIZERS)
-    width: int = _number(128, 1, _WIDTH)
+    weights: str | None = None  # an export folder, or a public checkpoint file
+    kind: str = _word("maskbit", *TOKENIZERS)  # maskbit: a code is the signs of its bits; vq: codes are learned
+    width: int = _number(128, 1, _WIDTH)  # channels of the first level
+    # multiples of the width, one per level; every level but the last halves the side
     multipliers: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4], metadata=_range(1, 64))
-    blocks: int = _number(2, 1, 64)
+    blocks: int = _number(2, 1, 64)  # residual blocks per level
     decoder_blocks: int | None = _number(None, 1, 64)  # None: as many as `blocks`
-    bits: int = _number(14, 1, 24)  # of a token: one of 2^bits codes
+    bits: int = _number(14, 1, 24)  # bits of a token: an alphabet of 2^bits
     code_dim: int | None = _number(None, 1, _WIDTH)  # channels of a learned code; None: a code is its bits
-    commitment_weight: float = _number(0.25, 0, 1e6)  # training only, as the three below
-    entropy_weight: float = _number(0.02, 0, 1e6)
-    entropy_temperature: float = _number(0.01, 1e-6, 1e6)
-    entropy_gamma: float = _number(1.0, 0, 1e6)
+    commitment_weight: float = _number(0.25, 0, 1e6)  # of the commitment loss; training only
+    entropy_weight: float = _number(0.02, 0, 1e6)  # of the entropy loss; training only
+    entropy_temperature: float = _number(0.01, 1e-6, 1e6)  # of the distances to the codes; training only
+    entropy_gamma: float = _number(1.0, 0, 1e6)  # weight of the batch's entropy against each token's; training only
 
     @property
     def stride(self) -> int:
@@ -108,47 +110,49 @@ class TokenizerConfig:
 class PriorConfig:
     """MaskBit's generator (LFQBert), the discrete prior g_M."""
 
-    weights: str | None = None
-    width: int = _number(1024, 1, _WIDTH)
-    depth: int = _number(24, 1, _DEPTH)
-    heads: int = _number(16, 1, _WIDTH)
-    mlp_width: int = _number(4096, 1, _WIDTH)
-    dropout: float = _number(0.1, 0, 0.99)
+    weights: str | None = None  # an export folder, or a public checkpoint file
+    width: int = _number(1024, 1, _WIDTH)  # of the transformer
+    depth: int = _number(24, 1, _DEPTH)  # transformer blocks
+    heads: int = _number(16, 1, _WIDTH)  # attention heads; they divide the width
+    mlp_width: int = _number(4096, 1, _WIDTH)  # hidden units of each MLP
+    dropout: float = _number(0.1, 0, 0.99)  # training only
     prenorm: bool = False  # all public models are post-norm
-    bits: int = II("tokenizer.bits")
+    bits: int = II("tokenizer.bits")  # bits of a token
     splits: int = _number(2, 1, 24)  # sub-tokens per position
-    grid: int = II("model.grid")
-    classes: int = II("data.classes")
-    class_drop_prob: float = _number(0.1, 0, 1)
-    label_smoothing: float = _number(0.1, 0, 1)
+    grid: int = II("model.grid")  # token positions along a side
+    classes: int = II("data.classes")  # how many classes there are
+    class_drop_prob: float = _number(0.1, 0, 1)  # share of images that train without their class
+    label_smoothing: float = _number(0.1, 0, 1)  # of the cross entropy
 
 
 @dataclass
 class ModelConfig:
     """MAR's backbone and head, and how the discrete tokens enter."""
 
-    guidance: str = _word("dc_mix", *GUIDANCES)
+    guidance: str = _word("dc_mix", *GUIDANCES)  # how discrete tokens enter; none: not at all, which is MAR
     process: str = _word("ddpm", *PROCESSES)  # of the head: the paper's DDPM, or flow matching of the velocity
     grid: int = _number(MISSING, 1, _SIDE)  # token positions along a side; left out, as many as cover the latents
     patch: int = _number(1, 1, _SIDE)  # latent cells along a side of a token
-    latent_channels: int = II("vae.latent_channels")
-    code_bits: int = II("tokenizer.bits")
-    code_dim: int | None = II("tokenizer.code_dim")
-    classes: int = II("data.classes")
-    class_tokens: int = _number(64, 1, _WIDTH)
-    encoder_width: int = _number(768, 1, _WIDTH)
-    encoder_depth: int = _number(12, 1, _DEPTH)
-    encoder_heads: int = _number(12, 1, _WIDTH)
-    decoder_width: int = _number(II("model.encoder_width"), 1, _WIDTH)
-    decoder_depth: int = _number(II("model.encoder_depth"), 1, _DEPTH)
+    latent_channels: int = II("vae.latent_channels")  # channels of the latents
+    code_bits: int = II("tokenizer.bits")  # bits of a discrete token
+    code_dim: int | None = II("tokenizer.code_dim")  # channels of a learned code of it
+    classes: int = II("data.classes")  # how many classes there are
+    class_tokens: int = _number(64, 1, _WIDTH)  # S, the class tokens before the sequence
+    encoder_width: int = _number(768, 1, _WIDTH)  # D of the encoder
+    encoder_depth: int = _number(12, 1, _DEPTH)  # transformer blocks of the encoder
+    encoder_heads: int = _number(12, 1, _WIDTH)  # attention heads of the encoder; they divide the width
+    decoder_width: int = _number(II("model.encoder_width"), 1, _WIDTH)  # D of the decoder
+    decoder_depth: int = _number(II("model.encoder_depth"), 1, _DEPTH)  # transformer blocks of the decoder
+    # attention heads of the decoder; they divide the width
     decoder_heads: int = _number(II("model.encoder_heads"), 1, _WIDTH)
-    mlp_ratio: float = _number(4.0, 1, 64)
-    norm_eps: float = _number(1e-6, 1e-12, 1)
-    dropout: float = _number(0.1, 0, 0.99)
+    mlp_ratio: float = _number(4.0, 1, 64)  # hidden units of each MLP per unit of width
+    norm_eps: float = _number(1e-6, 1e-12, 1)  # epsilon of the layer norms
+    dropout: float = _number(0.1, 0, 0.99)  # training only
+    # share of images that train without their class, for classifier-free guidance
     class_drop_prob: float = _number(0.1, 0, 1)
     guidance_drop_prob: float = _number(0.0, 0, 1)  # drop the discrete tokens too, to try guidance on them
-    head_depth: int = _number(6, 1, _DEPTH)
-    head_width: int = _number(1024, 1, _WIDTH)
+    head_depth: int = _number(6, 1, _DEPTH)  # residual blocks of the diffusion head
+    head_width: int = _number(1024, 1, _WIDTH)  # units of the diffusion head
     separable_adaln: bool = False  # not MAR's: modulate the head by time and by condition apart, for half of its work
     diffusion_batch_mul: int = _number(4, 1, 1024)  # noise levels per masked token and step
     attention: str = _word("auto", *ATTENTIONS)  # auto: torch chooses
@@ -168,8 +172,8 @@ class ModelConfig:
 class MaskConfig:
     """The training mask (Eq. 8): r ~ normal(1, std) truncated to [minimum, 1]."""
 
-    minimum: float = _number(0.7, 0, 1)
-    std: float = _number(0.25, 1e-6, 1e3)
+    minimum: float = _number(0.7, 0, 1)  # lowest share of positions that is masked
+    std: float = _number(0.25, 1e-6, 1e3)  # standard deviation before truncation
     ratio_scope: str = _word("image", "image", "batch")  # image: stratified over groups; batch: one ratio per batch
     group: int = _number(16, 1, 2**24)  # images per group; divides the micro-batch
 
@@ -178,13 +182,14 @@ class MaskConfig:
 class TIMixConfig:
     """TI-Mix (Eqs. 10-12)."""
 
-    enabled: bool = False
+    enabled: bool = False  # mix tokens drawn by the prior with the true ones
     # online: run the prior in the step; shards: tokens drawn beforehand by `prepare`
     source: str = _word("online", "online", "shards")
-    draw: str = _word("sample", "sample", "argmax")
+    draw: str = _word("sample", "sample", "argmax")  # how the prior's tokens are taken
     start_epoch: float = _number(200.0, 0, _EPOCHS)  # until here λ = 1
     duration_epochs: float = _number(200.0, 0, _EPOCHS)  # λ then falls from 1 to `end`
-    end: float = _number(0.0, 0, 1)
+    end: float = _number(0.0, 0, 1)  # λ after the schedule
+    # how λ falls; constant: it is `end` from start_epoch on
     schedule: str = _word("linear", "linear", "cosine", "constant")
     variants: int = _number(4, 1, 1024)  # source=shards: pre-drawn (order, tokens) pairs per image
 
@@ -193,14 +198,14 @@ class TIMixConfig:
 class OptimConfig:
     """AdamW. MAR's recipe by default."""
 
-    lr: float = _number(1e-4, 0, 1e30)  # per 256 images of global batch
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95], metadata=_range(0, 0.999999))
-    weight_decay: float = _number(0.02, 0, 1e3)
-    warmup_epochs: float = _number(100.0, 0, _EPOCHS)
+    lr: float = _number(1e-4, 0, 1e30)  # for a global batch of 256 images; scales with train.batch
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95], metadata=_range(0, 0.999999))  # AdamW's β1 and β2
+    weight_decay: float = _number(0.02, 0, 1e3)  # AdamW's; MixAR leaves out vectors and the diffusion head
+    warmup_epochs: float = _number(100.0, 0, _EPOCHS)  # epochs of linear warm-up from 0
     schedule: str = _word("constant", "constant", "cosine", "linear")  # after the warm-up; the latter two to zero
     implementation: str = _word("torch", "torch", "apex")  # torch: its fused AdamW | apex: NVIDIA's FusedAdam
     clip: float = _number(3.0, 0, 1e30)  # global gradient norm; 0 is off
-    ema: float = _number(0.9999, 0, 0.9999999)
+    ema: float = _number(0.9999, 0, 0.9999999)  # decay of the averaged weights per step
     ema_warmup: bool = False  # ramp the decay as (1 + n) / (10 + n) first
 
 
@@ -208,13 +213,13 @@ class OptimConfig:
 class TrainConfig:
     """The length and the rhythm of a run."""
 
-    epochs: float = _number(400.0, 0, _EPOCHS)
+    epochs: float = _number(400.0, 0, _EPOCHS)  # length of the run, in passes over the training images
     batch: int = _number(2048, 1, 2**24)  # global, over all ranks and accumulation steps
-    micro_batch: int | None = _number(None, 1, 2**24)  # per rank and pass; None: batch / ranks
+    micro_batch: int | None = _number(None, 1, 2**24)  # images per rank and pass; None: batch / ranks
     precision: str = _word("bf16", *PRECISIONS)  # bf16: autocast, with float32 weights, loss, norms and EMA; fp32
-    log_every: int = _number(50, 1, 10**9)  # steps
-    checkpoint_every: float = _number(1.0, 0, _EPOCHS)  # epochs
-    keep: int = _number(3, 1, 10**6)  # checkpoints kept
+    log_every: int = _number(50, 1, 10**9)  # steps between log lines
+    checkpoint_every: float = _number(1.0, 0, _EPOCHS)  # epochs between checkpoints
+    keep: int = _number(3, 1, 10**6)  # checkpoints that are kept, the newest ones
     samples_every: float = _number(10.0, 0, _EPOCHS)  # epochs between sample grids; 0 is off
     max_skips: int = _number(10, 0, 10**9)  # consecutive non-finite steps skipped before the run stops
 
@@ -242,20 +247,22 @@ class SampleConfig:
     diffusion_steps_end: int | None = _number(None, 1, 1000)  # DiSA: they fall linearly to these over the K steps
     diffusion_start: int = _number(999, 0, 999)  # training step that denoising starts from
     guidance: float = _number(3.0, 0, 1e3)  # 1 is none
+    # over the K steps; linear: grows with the share that is revealed
     guidance_schedule: str = _word("linear", "linear", "constant")
     # share of the K steps that are guided
     guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0], metadata=_range(0, 1))
     temperature: float = _number(1.0, 0, 1e3)  # of the noise that ddpm adds
-    prior_steps: int = _number(64, 1, 2**24)
+    prior_steps: int = _number(64, 1, 2**24)  # steps in which the prior draws the discrete tokens
     prior_guidance: float = _number(7.1, 0, 1e3)  # 0 is none
-    prior_guidance_schedule: str = _word("cosine", "none", "linear", "cosine")
-    prior_guidance_power: float = _number(3.0, 0, 1e3)
-    prior_temperature: float = _number(1.0, 1e-6, 1e6)
+    prior_guidance_schedule: str = _word("cosine", "none", "linear", "cosine")  # over the prior's steps
+    prior_guidance_power: float = _number(3.0, 0, 1e3)  # exponent of the cosine schedule
+    prior_temperature: float = _number(1.0, 1e-6, 1e6)  # of the prior's softmax
     prior_randomize: float = _number(7.8, 0, 1e6)  # scale of the annealed Gumbel noise on the confidences
+    # how many tokens stay masked after each of the prior's steps
     prior_mask_schedule: str = _word("arccos", "arccos", "cosine")
     prior_annealing: bool = False  # softmax temperature 0.5 + 0.8 (1 - progress)
-    seed: int = _number(0, 0, 2**62)
-    batch: int = _number(64, 1, 2**20)
+    seed: int = _number(0, 0, 2**62)  # of the first image; image i has seed + i
+    batch: int = _number(64, 1, 2**20)  # images drawn at once
 
 
 @dataclass
@@ -263,8 +270,8 @@ class Config:
     """One run."""
 
     task: str = _word("mixar", *TASKS)  # what is trained
-    run_dir: str = "runs/default"
-    seed: int = _number(0, 0, 2**32 - 1)
+    run_dir: str = "runs/default"  # folder of the run: config, logs, checkpoints, exports, samples
+    seed: int = _number(0, 0, 2**32 - 1)  # of the first weights and of every random number in training
     trust_pickle: bool = False  # read checkpoints that hold more than tensors, which runs code from the file
     init_from: str | None = None  # weights to start from, by name; what is missing or misshapen starts new
     data: DataConfig = field(default_factory=DataConfig)
