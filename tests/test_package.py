@@ -38,7 +38,10 @@ sys.meta_path.insert(0, Missing())
 def test_all_that_belongs_to_it_is_in_the_wheel(installed: Path) -> None:
     code = {str(path.relative_to(ROOT)) for path in (ROOT / "mixar").rglob("*.py")}
     kept = {f"mixar/{path.relative_to(ROOT)}" for name in ("configs", "csrc") for path in (ROOT / name).rglob("*.*")}
-    assert len(kept) > 20 and all((installed / path).is_file() for path in code | kept)
+    assert len(kept) > 20 and all((installed / path).is_file() for path in code | kept | {"mixar/py.typed"})
+    (about,) = installed.glob("mixar-*.dist-info")
+    assert {path.name for path in (about / "licenses").iterdir()} == {"LICENSE", "NOTICE"}
+    assert "License-Expression: Apache-2.0\n" in (about / "METADATA").read_text()
 
 
 @pytest.fixture(scope="module")
