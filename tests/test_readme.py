@@ -202,11 +202,13 @@ def succeed(clone: Path, *arguments: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", RUN)
 def test_commands_run(clone: Path, command: str) -> None:
     succeed(clone, "-m", *shlex.split(f"{fill(command)} {RUN[command]}"))
 
 
+@pytest.mark.slow
 def test_the_programs_run(clone: Path) -> None:
     programs = set(re.findall(r"^```python\n(.*?)^```", PAGES, re.M | re.S))
     assert programs
@@ -214,6 +216,7 @@ def test_the_programs_run(clone: Path) -> None:
         succeed(clone, "-c", program)
 
 
+@pytest.mark.slow
 def test_what_the_demo_names_next_runs(demo: tuple[Path, str], clone: Path) -> None:
     lines = demo[1].partition("Go on:\n")[2].splitlines()
     assert [" ".join(line.split()[:2]) for line in lines] == ["mixar sample", "mixar train", "tensorboard --logdir"]
