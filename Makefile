@@ -14,7 +14,7 @@ test: $(READY)          ## all tests
 	.venv/bin/python -m pytest
 
 test-fast: $(READY)     ## the tests that need no minutes, in under three
-\t.venv/bin/python -m pytest -m "not slow"
+	.venv/bin/python -m pytest -m 'not slow'
 
 bench: $(READY)         ## time the step, sampling and the operators against the reference
 	.venv/bin/python benchmarks/bench.py

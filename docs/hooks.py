@@ -97,6 +97,8 @@ def default(field: Field[Any]) -> str:
     value = field.default_factory() if field.default_factory is not MISSING else field.default
     if isinstance(value, str) and value.startswith("${"):
         return f"that of `{value[2:-1]}`"
+    if value == knobs.MISSING:
+        return "follows"
     return f"`{value if isinstance(value, str) else json.dumps(value)}`"
 
 

@@ -57,6 +57,8 @@ def test_the_rows_show_what_the_config_has(hooks: ModuleType) -> None:
     for key, default in rows.items():
         if followed := re.fullmatch(r"that of `(.+)`", default):
             assert value_of(cfg, key) == value_of(cfg, followed[1])
+        elif default == "follows":
+            assert key == "model.grid" and value_of(cfg, key) == cfg.latent_grid // cfg.model.patch
         elif key != "sample.diffusion_steps":  # text that would be read as a number
             assert value_of(load_config(None, [f"{key}={default.strip('`')}"]), key) == value_of(cfg, key)
 

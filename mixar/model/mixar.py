@@ -33,9 +33,9 @@ def unpatchify(tokens: Tensor, patch: int) -> Tensor:
 PROCESSES: dict[str, Callable[[str | None, int], Process]] = {"ddpm": Diffusion, "flow": Flow}
 
 
-def process_of(cfg: ModelConfig, spec: str | None = None, last: int = STEPS - 1) -> Process:
-    """The process of `cfg`; arguments as in `Process`."""
-    return PROCESSES[cfg.process](spec, last)
+def process_of(kind: str, spec: str | None = None, last: int = STEPS - 1) -> Process:
+    """The process that `model.process` names; arguments as in `Process`."""
+    return PROCESSES[kind](spec, last)
 
 
 class Losses(NamedTuple):
@@ -98,7 +98,7 @@ class MixAR(nn.Module):
         for name, part in self.guidance.parts().items():
             setattr(self, name, part)
 
-        self.process = process_of(cfg)
+        self.process = process_of(cfg.process)
         self.diffloss = DiffusionHead(cfg, self.process.learns_variance)
 
     def _blocks(self, width: int, heads: int, depth: int) -> nn.ModuleList:

@@ -38,7 +38,7 @@ class MixARObjective:
     def __init__(self, cfg: Config, norm: LatentNorm, device: torch.device, made: dict[str, Any] | None = None) -> None:
         self.cfg = cfg
         self.norm = norm
-        self.process = process_of(cfg.model)
+        self.process = process_of(cfg.model.process)
         self.frozen = Frozen(cfg, made or {})
         online = cfg.ti_mix.enabled and cfg.ti_mix.source == "online"
         self.prior: Prior | None = self.frozen.prior.to(device) if online else None

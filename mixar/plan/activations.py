@@ -49,7 +49,7 @@ def activation_bytes(cfg: ModelConfig, tokens: Tokens, precision: str, recompute
     embedded = tokens.times * e * (TimestepEmbedder.features + 2 * w) + tokens.masked * e * dec
     embedded += (tokens.masked + tokens.times if cfg.separable_adaln else tokens.rows) * 2 * e * w
     final = 2 * e * w + 3 * _F32 * w + _STATISTICS  # shift | scale; the norm's input and output, input of the linear
-    loss = process_of(cfg).loss_bytes(cfg.token_dim)
+    loss = process_of(cfg.process).loss_bytes(cfg.token_dim)
     head = cfg.head_depth * residual + embedded + tokens.rows * (e * cfg.token_dim + final + loss)
     return {"backbone": backbone, "head": head, "again": max(again, default=0.0)}
 

@@ -45,7 +45,7 @@ class Tokens:
         rows = masked * cfg.diffusion_batch_mul
         return cls(
             sum(lengths) / len(lengths), sum(length**2 for length in lengths) / len(lengths), prefix + cfg.tokens,
-            masked, rows, min(rows, process_of(cfg).levels / images), images,
+            masked, rows, min(rows, process_of(cfg.process).levels / images), images,
         )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mixar import draws
-from mixar.config import ModelConfig, SampleConfig
+from mixar.config import SampleConfig
 from mixar.draws import Stream
 from mixar.mixing import Masking
 from mixar.model import SOLVERS, MixAR, Process, process_of
@@ -198,7 +198,7 @@ def denoise(
 
 @lru_cache(maxsize=64)
 def _process(kind: str, spec: str, start: int, device: torch.device) -> Process:
-    process = process_of(ModelConfig(process=kind), spec, start)
+    process = process_of(kind, spec, start)
     process.timesteps = process.timesteps.to(device)
     return process
 

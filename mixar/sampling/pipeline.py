@@ -239,7 +239,7 @@ class MixARPipeline:
             if steps > most:  # there MaskBit's loop masks everything again
                 raise UserError(f"{steps} prior steps exceed the {most} sub-tokens of an image: take {most} or fewer")
         # a late start leaves few steps to take
-        process_of(self.model.config, self.settings.diffusion_steps, self.settings.diffusion_start)
+        process_of(self.model.config.process, self.settings.diffusion_steps, self.settings.diffusion_start)
         return labels, seeds
 
     def _batches(self, count: int, progress: str | None = None) -> Iterator[slice]:

@@ -59,7 +59,8 @@ def test_the_head_is_its_equations(separable: bool, rows: int) -> None:
 
 def test_only_separable_heads_have_a_map_of_the_time() -> None:
     sizes = {"encoder_width": 32, "encoder_depth": 1, "encoder_heads": 2, "decoder_width": 32, "decoder_depth": 1,
-             "decoder_heads": 2, "head_depth": 2, "head_width": 16, "code_bits": 4, "classes": 3}  # fmt: skip
+             "decoder_heads": 2, "head_depth": 2, "head_width": 16, "code_bits": 4, "classes": 3,
+             "code_dim": None, "grid": 4}  # fmt: skip
     joint, separable = (MixAR(ModelConfig(separable_adaln=kind, latent_channels=4, **sizes)) for kind in (False, True))
     extra = separable.state_dict().keys() - joint.state_dict().keys()
     assert extra == {

@@ -77,7 +77,8 @@ def test_the_head_takes_times_between_the_steps() -> None:
 
 def test_only_a_process_that_learns_its_variance_has_an_output_for_it() -> None:
     sizes = {"encoder_width": 32, "encoder_depth": 1, "encoder_heads": 2, "decoder_width": 32, "decoder_depth": 1,
-             "decoder_heads": 2, "head_depth": 2, "head_width": 16, "code_bits": 4, "classes": 3}  # fmt: skip
+             "decoder_heads": 2, "head_depth": 2, "head_width": 16, "code_bits": 4, "classes": 3,
+             "code_dim": None, "grid": 4}  # fmt: skip
     ddpm, flow = (MixAR(ModelConfig(process=kind, latent_channels=4, **sizes)) for kind in ("ddpm", "flow"))
     init_weights(flow, 0)
     assert ddpm.state_dict().keys() == flow.state_dict().keys()
