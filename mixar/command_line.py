@@ -86,7 +86,7 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
         mixar evaluate runs/mixar_l --reference imagenet.npz                       samples 50,000 images, scores them
         mixar evaluate --samples DIR --reference DIR --crop 256                    scores what is there
         mixar evaluate --reference DIR --crop 256 --save-statistics imagenet.npz   keeps a reference for later
-        mixar evaluate runs/mixar_l --reference imagenet.npz --grid steps=8,64 guidance=2,3 --repeats 3
+        mixar evaluate runs/mixar_l --reference imagenet.npz --grid steps=8,64 cfg_scale=2,3 --repeats 3
                                                                                    speed against quality, at each point
 
     A distance is called FID only with the published Inception weights and 50,000 samples. Samples are kept, so that

@@ -29,15 +29,15 @@ FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "diffusion_steps": (str, "denoising steps per token: 100, ddim50, or 10,5"),
     "diffusion_steps_end": (int, "DiSA: what the denoising steps fall to over the autoregressive steps"),
     "diffusion_start": (int, "training step that denoising starts from, 999 or below"),
-    "guidance": (float, "classifier-free guidance; 1 is none"),
-    "guidance_interval": (_interval, "share of the autoregressive steps that are guided, such as 0.25,1"),
+    "cfg_scale": (float, "scale of classifier-free guidance; 1 is none"),
+    "cfg_interval": (_interval, "share of the autoregressive steps that are guided, such as 0.25,1"),
     "temperature": (float, "of the denoising noise"),
     "prior_steps": (int, "steps of the discrete prior"),
-    "prior_guidance": (float, "guidance of the discrete prior; 0 is none"),
+    "prior_cfg_scale": (float, "scale of the discrete prior's guidance; 0 is none"),
     "batch": (int, "images at a time; it changes the speed only"),
 }
 # what a grid can vary; the seed and the batch change no quality, and an interval has a comma of its own
-AXES = ("preset", *(name for name in FLAGS if name not in ("seed", "batch", "guidance_interval")))
+AXES = ("preset", *(name for name in FLAGS if name not in ("seed", "batch", "cfg_interval")))
 
 
 def add_flags(parser: argparse.ArgumentParser, count: str) -> None:
@@ -121,7 +121,7 @@ def parse_grid(texts: list[str], given: list[str]) -> list[Settings]:
             axes[name] = list(dict.fromkeys(_parse_value(name, value) for value in values.split(",")))
     for name in axes if texts else [*axes, "preset"]:
         if (fixed := flag(name)) in given:
-            instead = f"drop {fixed}" if texts else f"drop {fixed}, or name the axes, such as --grid guidance=1,2,3"
+            instead = f"drop {fixed}" if texts else f"drop {fixed}, or name the axes, such as --grid cfg_scale=1,2,3"
             raise UserError(f"--grid varies {name} by itself: {instead}")
     points = [dict(zip(axes, values)) for values in product(*axes.values())]
     return points if texts else [*points, *({"preset": name} for name in PRESETS)]

@@ -24,7 +24,7 @@ MODEL = ModelConfig(
 VAE_16 = VAEConfig(width=16, multipliers=[1, 2], blocks=1, attention_levels=[], latent_channels=4)
 TOKENIZER = TokenizerConfig(width=16, multipliers=[1, 2], blocks=1, bits=4)
 PRIOR = PriorConfig(width=32, depth=1, heads=2, mlp_width=64, bits=4, splits=2, grid=8, classes=3)
-SETTINGS = SampleConfig(steps=4, diffusion_steps="4", guidance=2.0, prior_steps=4, batch=4)
+SETTINGS = SampleConfig(steps=4, diffusion_steps="4", cfg_scale=2.0, prior_steps=4, batch=4)
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ RUN = {
     "mixar plan CONFIG --gpus 32 --gpu h100": "train.batch=512",  # the demo's own is too small for 32
     "mixar plan CONFIG --print run_dir": "",
     "mixar prepare CONFIG --verify": "",
-    "mixar sample RUN --labels 3,7 --count 16 --steps 64 --guidance 3 --seed 0 --grid": "",
+    "mixar sample RUN --labels 3,7 --count 16 --steps 64 --cfg-scale 3 --seed 0 --grid": "",
     "mixar export RUN --out FOLDER": "",
     "mixar doctor CONFIG": "",
     "mixar configs mixar_l --copy DIR": "",
@@ -49,7 +49,7 @@ PARSED = (
     "mixar plan CONFIG --gpus 32",
     "mixar sample RUN --count 50000 --npz --preset fast --compile",
     "mixar evaluate RUN --count 50000 --reference data/imagenet/val --crop 256 --extractor inception",
-    "mixar evaluate RUN --reference data/imagenet/val --crop 256 --grid steps=8,64 guidance=2,3",
+    "mixar evaluate RUN --reference data/imagenet/val --crop 256 --grid steps=8,64 cfg_scale=2,3",
     "torchrun --nproc_per_node=8 mixar/train.py configs/mixar_l.yaml",
     "deepspeed --num_gpus 8 mixar/train.py configs/mixar_l.yaml",
     "deepspeed --num_gpus 2 mixar/train.py configs/demo/mixar.yaml",  # .ci/run runs it

@@ -25,6 +25,7 @@ from mixar.config.knobs import (
     VAEConfig,
 )
 from mixar.config.loading import config_files, load_config, section_from_dict, to_dict, to_yaml, validate, value_of
+from mixar.config.old import renamed
 from mixar.config.passes import images_per_pass
 from mixar.config.presets import PRESETS
 from mixar.config.respacing import STEPS, even_times, respaced_steps
@@ -60,6 +61,7 @@ __all__ = [
     "images_per_pass",
     "load_config",
     "missing_inputs",
+    "renamed",
     "respaced_steps",
     "section_from_dict",
     "to_dict",

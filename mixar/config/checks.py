@@ -59,11 +59,11 @@ def check_sample_values(sample: SampleConfig) -> None:
         SettingError: the first one that is out of range.
     """
     _check_each(sample, "sample.")
-    interval = sample.guidance_interval
+    interval = sample.cfg_interval
     if len(interval) != 2 or not interval[0] < interval[1]:
         raise SettingError(
             "{} must be two shares of the steps, from 0 to 1 and ascending, as in {}",
-            ("sample.guidance_interval", interval), ("sample.guidance_interval", [0.25, 1]),
+            ("sample.cfg_interval", interval), ("sample.cfg_interval", [0.25, 1]),
         )  # fmt: skip
     respaced_steps(sample.diffusion_steps)
 

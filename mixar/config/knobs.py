@@ -246,16 +246,16 @@ class SampleConfig:
     diffusion_steps: str = "100"  # S, respacing of the 1000 training steps: "100", "ddim50", or "10,5"
     diffusion_steps_end: int | None = _number(None, 1, 1000)  # DiSA: they fall linearly to these over the K steps
     diffusion_start: int = _number(999, 0, 999)  # training step that denoising starts from
-    guidance: float = _number(3.0, 0, 1e3)  # 1 is none
+    cfg_scale: float = _number(3.0, 0, 1e3)  # scale of classifier-free guidance; 1 is none
     # over the K steps; linear: grows with the share that is revealed
-    guidance_schedule: str = _word("linear", "linear", "constant")
+    cfg_schedule: str = _word("linear", "linear", "constant")
     # share of the K steps that are guided
-    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0], metadata=_range(0, 1))
+    cfg_interval: list[float] = field(default_factory=lambda: [0.0, 1.0], metadata=_range(0, 1))
     temperature: float = _number(1.0, 0, 1e3)  # of the noise that ddpm adds
     prior_steps: int = _number(64, 1, 2**24)  # steps in which the prior draws the discrete tokens
-    prior_guidance: float = _number(7.1, 0, 1e3)  # 0 is none
-    prior_guidance_schedule: str = _word("cosine", "none", "linear", "cosine")  # over the prior's steps
-    prior_guidance_power: float = _number(3.0, 0, 1e3)  # exponent of the cosine schedule
+    prior_cfg_scale: float = _number(7.1, 0, 1e3)  # 0 is none
+    prior_cfg_schedule: str = _word("cosine", "none", "linear", "cosine")  # over the prior's steps
+    prior_cfg_power: float = _number(3.0, 0, 1e3)  # exponent of the cosine schedule
     prior_temperature: float = _number(1.0, 1e-6, 1e6)  # of the prior's softmax
     prior_randomize: float = _number(7.8, 0, 1e6)  # scale of the annealed Gumbel noise on the confidences
     # how many tokens stay masked after each of the prior's steps

@@ -70,8 +70,9 @@ def section_from_dict(section: type[Section], values: dict[str, Any], source: st
         UserError: an unknown key or a wrong type.
     """
     name = next((name for name, kind in typing.get_type_hints(Config).items() if kind is section), "")
-    values = MISSING.get(name, {}) | values
-    upgrade({name: values})
+    sections = {name: MISSING.get(name, {}) | values}
+    upgrade(sections)
+    values = sections[name]
     _check_keys(values, section, source)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(section), _literal(values))

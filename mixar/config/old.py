@@ -4,6 +4,11 @@ from typing import Any
 
 # what an export leaves out that was made before the key was there, by section
 MISSING: dict[str, dict[str, Any]] = {"model": {"code_dim": None}}
+RENAMED = {  # of `sample`, when "guidance" meant both how discrete tokens enter and classifier-free guidance
+    "guidance": "cfg_scale", "guidance_schedule": "cfg_schedule", "guidance_interval": "cfg_interval",
+    "prior_guidance": "prior_cfg_scale", "prior_guidance_schedule": "prior_cfg_schedule",
+    "prior_guidance_power": "prior_cfg_power",
+}  # fmt: skip
 
 
 def upgrade(sections: dict[str, Any], image_size: int | None = None, multipliers: list[int] | None = None) -> None:
@@ -20,6 +25,13 @@ def upgrade(sections: dict[str, Any], image_size: int | None = None, multipliers
     if isinstance(size, int) and isinstance(factors, list) and isinstance(sides, list):
         del vae["attention"]
         vae["attention_levels"] = [i - len(factors) for i in range(len(factors)) if size >> i in sides]
+    if sample := _section(sections, "sample"):
+        sections["sample"] = renamed(sample)
+
+
+def renamed(sample: dict[str, Any]) -> dict[str, Any]:
+    """Settings of sampling under their present names."""
+    return {RENAMED.get(name, name): value for name, value in sample.items()}
 
 
 def _section(sections: dict[str, Any], name: str) -> dict[str, Any]:

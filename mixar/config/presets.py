@@ -6,14 +6,14 @@ from typing import Any
 PRESETS: dict[str, dict[str, Any]] = {
     "exact": {
         "steps": 64, "order": "random", "solver": "ddpm", "diffusion_steps": "100", "diffusion_steps_end": None,
-        "guidance_interval": [0.0, 1.0],
+        "cfg_interval": [0.0, 1.0],
     },
     "fast": {
         "steps": 8, "order": "checkerboard", "solver": "dpm", "diffusion_steps": "16", "diffusion_steps_end": None,
-        "diffusion_start": 970, "guidance_interval": [0.0, 1.0], "temperature": 1.0, "prior_steps": 8,
+        "diffusion_start": 970, "cfg_interval": [0.0, 1.0], "temperature": 1.0, "prior_steps": 8,
     },
     "fastest": {
         "steps": 4, "order": "checkerboard", "solver": "dpm", "diffusion_steps": "4", "diffusion_steps_end": None,
-        "diffusion_start": 970, "guidance_interval": [0.0, 1.0], "temperature": 1.0, "prior_steps": 4,
+        "diffusion_start": 970, "cfg_interval": [0.0, 1.0], "temperature": 1.0, "prior_steps": 4,
     },
 }  # fmt: skip

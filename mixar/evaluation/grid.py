@@ -14,13 +14,13 @@ from typing import Any
 
 from torch import Tensor
 
-from mixar.config import SampleConfig, to_dict
+from mixar.config import renamed, to_dict
 from mixar.environment import environment
 from mixar.errors import UserError
 from mixar.evaluation.plot import Mark, draw_plot
 from mixar.evaluation.scoring import Scorer
 from mixar.files import check_writable, write_json, write_text
-from mixar.sampling.record import differences
+from mixar.sampling.record import complete, differences
 from mixar.sampling.sample_set import SampleSet, output_folder
 from mixar.sampling_flags import AXES, GRID, Settings, spelling
 
@@ -96,7 +96,7 @@ def receipt_of(samples: SampleSet, grid: Path) -> Path:
 
 
 def describe(point: Settings) -> str:
-    """`steps=4 guidance=2.0`."""
+    """`steps=4 cfg_scale=2.0`."""
     return " ".join(f"{name}={value}" for name, value in point.items())
 
 
@@ -112,8 +112,10 @@ def read_rows(file: Path, head: dict[str, Any]) -> list[Row]:
         before = json.loads(file.read_text())
         # old grids do not record the latents
         other = differences({name: before[name] for name in head if name != "latents" or name in before}, head)
-        # newer settings were at their defaults
-        rows = [row | {"sampling": to_dict(SampleConfig()) | row["sampling"]} for row in before["rows"]]
+        rows = [
+            row | {"sampling": complete(row["sampling"]), "settings": renamed(row["settings"])}
+            for row in before["rows"]
+        ]
         if not all(row.keys() >= {"settings", "repeats", "seconds", "distance", "score"} for row in rows):
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

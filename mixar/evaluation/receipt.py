@@ -37,7 +37,7 @@ class Provenance:
 
     samples: str  # the folder or file, or the run or export that made them
     reference: str
-    sampling: dict[str, Any] | None = None  # guidance, schedules, temperature, steps: the config's `sample` section
+    sampling: dict[str, Any] | None = None  # cfg scale, schedules, temperature, steps: the config's `sample` section
     seeds: tuple[int, int] | None = None  # of the first and the last image, one seed per image
     weights: dict[str, str] = field(default_factory=dict)  # fingerprint by network: model, vae, prior, tokenizer
     crop: str | None = None  # of the reference's images

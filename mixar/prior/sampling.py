@@ -85,7 +85,7 @@ def sample_steps(prior: Prior, labels: Tensor, settings: SampleConfig, u: Draws,
     assert not prior.training, "sampling with dropout on"
     steps, shape = settings.prior_steps, (len(labels), prior.config.grid**2, prior.config.splits)
     weights = guidance_weights(
-        settings.prior_guidance, steps, settings.prior_guidance_schedule, settings.prior_guidance_power
+        settings.prior_cfg_scale, steps, settings.prior_cfg_schedule, settings.prior_cfg_power
     )
     counts = mask_counts(shape[1] * shape[2], steps, settings.prior_mask_schedule)
     tokens = torch.full(shape, prior.mask_id, device=labels.device)

@@ -25,13 +25,13 @@ class Reveal:
 
     Attributes:
         before, after: positions that are masked at its start and at its end.
-        guidance: the scale; 1 runs no unconditional branch.
+        cfg_scale: of classifier-free guidance; 1 runs no unconditional branch.
         diffusion_steps: the respacing of its diffusion.
     """
 
     before: int
     after: int
-    guidance: float
+    cfg_scale: float
     diffusion_steps: str
 
 
@@ -52,10 +52,10 @@ def reveal_schedule(tokens: int, settings: SampleConfig) -> list[Reveal]:
         late = tokens // 2 if tail else 0  # positions for the last steps
     masked = [tokens, *(late + left for left in _cosine(tokens - late, steps - tail))]
     masked += [late * (tail - 1 - i) // tail for i in range(tail)]
-    plan, (first, last) = [], settings.guidance_interval
+    plan, (first, last) = [], settings.cfg_interval
     for step, (before, after) in enumerate(pairwise(masked)):
-        scale = settings.guidance
-        if settings.guidance_schedule == "linear":
+        scale = settings.cfg_scale
+        if settings.cfg_schedule == "linear":
             scale = 1 + (scale - 1) * (tokens - max(1, after)) / tokens
         if not first <= step / steps < last:
             scale = 1.0
@@ -178,7 +178,7 @@ def denoise(
     """The respaced loop of one autoregressive step, yielding the tokens [R, C] after each diffusion step.
 
     Args:
-        z: conditions [R, D]; [2R, D], with class, then without, where the guidance `scale` is not 1.
+        z: conditions [R, D]; [2R, D], with class, then without, where `scale` is not 1.
         initial: [R, C].
         noise_at: the number of steps done to the next step's noise [R, C]; not asked where a step needs none.
         settings: the solver and the temperature.
@@ -238,7 +238,7 @@ def sample_steps(
     for index, plan in enumerate(reveal_schedule(n, settings)):
         if plan.after == plan.before:
             continue
-        copies = 1 if plan.guidance == 1 else 2  # under guidance the images once more, without class
+        copies = 1 if plan.cfg_scale == 1 else 2  # under guidance the images once more, without class
         rows = (order[:, plan.after : plan.before].sort(-1).values + first_rows).flatten()
         masking = Masking.from_order(order.repeat(copies, 1), (plan.before,) * (copies * b))
         at = torch.cat([rows + copy * b * n for copy in range(copies)])
@@ -247,7 +247,7 @@ def sample_steps(
         z = model.condition(tokens.repeat(copies, 1, 1), torch.cat(classes[:copies]), masking, guiding, wanted)
         initial, during = noise.initial(index, rows), partial(noise.during, index, rows=rows)
         process = _process(model.config.process, plan.diffusion_steps, settings.diffusion_start, order.device)
-        *_, x = denoise(model.diffloss.net, process, z, plan.guidance, initial, during, settings, run)
+        *_, x = denoise(model.diffloss.net, process, z, plan.cfg_scale, initial, during, settings, run)
         tokens = tokens.flatten(0, 1).index_copy(0, rows, x).view_as(tokens)
         yield Step(plan, rows, z, tokens)
 

@@ -153,7 +153,7 @@ class MixARPipeline:
         return Path(path)
 
     def with_settings(self, **changes: Any) -> "MixARPipeline":
-        """The same networks under other settings of `SampleConfig`, such as guidance=2.0, or **PRESETS["fast"].
+        """The same networks under other settings of `SampleConfig`, such as cfg_scale=2.0, or **PRESETS["fast"].
 
         Raises:
             UserError: settings that do not go together.
@@ -292,5 +292,5 @@ def _require_finite(**outputs: Tensor) -> None:
         if not output.isfinite().all():
             raise UserError(
                 f"the {name} gave values that are not finite: see that its weights are, then try precision fp32, or "
-                "less guidance or temperature"
+                "a lower cfg_scale or temperature"
             )

@@ -5,7 +5,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from mixar.config import SampleConfig, to_dict
+from mixar.config import SampleConfig, renamed, to_dict
 from mixar.errors import UserError
 
 RECORD = "sampling.json"
@@ -30,7 +30,7 @@ def read_record(samples: Path) -> dict[str, Any] | None:
     try:
         record = json.loads(file.read_text())
         values = record["export"], record["weights"], record["dtype"], record["labels"], record["count"]
-        sampling = without_batch(to_dict(SampleConfig()) | record["sampling"])  # newer settings were at their defaults
+        sampling = without_batch(complete(record["sampling"]))
         kinds = [type(value) for value in (*values, sampling["seed"])]
         if kinds != [str, dict, str, list, int, int] or {type(label) for label in values[3]} != {int}:
             raise ValueError
@@ -43,6 +43,11 @@ def sample_names(record: dict[str, Any]) -> dict[str, int]:
     """The name of each PNG that belongs to a record, and its label."""
     first, labels = record["sampling"]["seed"], islice(cycle(record["labels"]), record["count"])
     return {f"{first + i}-{label}.png": label for i, label in enumerate(labels)}
+
+
+def complete(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of an older record under their present names; newer ones were at their defaults."""
+    return to_dict(SampleConfig()) | renamed(settings)
 
 
 def without_batch(settings: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ OLD = Path(__file__).parents[1] / "old"  # 16-pixel images, levels of sides 16, 
 def test_an_old_config_is_read(tmp_path: Path) -> None:
     config = load_config(OLD / "config.yaml")
     assert config.vae.attention_levels == [-2, -1]
+    assert config.sample.cfg_scale == 2.0 and config.sample.prior_cfg_scale == 7.1
     (tmp_path / "now.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "now.yaml") == config
     exported = load_vae(VAEConfig(weights=str(OLD / "export" / "vae")))
@@ -39,6 +40,6 @@ def test_sides_become_levels(tmp_path: Path, text: str, levels: list[int]) -> No
 
 def test_an_old_export_draws_what_it_drew() -> None:
     pipeline = MixARPipeline.from_pretrained(OLD / "export", "cpu", "fp32")
-    assert pipeline.image_size == 16
+    assert pipeline.image_size == 16 and pipeline.settings.cfg_scale == 2.0
     expected = load_file(OLD / "images.safetensors")["images"]
     assert (pipeline([0, 1, 2], [5, 6, 7]).int() - expected.int()).abs().max() <= 1

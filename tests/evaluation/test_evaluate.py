@@ -68,7 +68,7 @@ def test_receipt_holds_what_it_takes_to_measure_again(digits, extractor, tmp_pat
     provenance = Provenance(
         samples="runs/demo",
         reference="digits",
-        sampling=to_dict(SampleConfig(guidance=1.5)),
+        sampling=to_dict(SampleConfig(cfg_scale=1.5)),
         seeds=(0, 49),
         weights={"model": "00", "vae": "01"},
         crop="adm 32",
@@ -79,7 +79,7 @@ def test_receipt_holds_what_it_takes_to_measure_again(digits, extractor, tmp_pat
     assert {name: receipt[name] for name in scores} == scores
     assert receipt["distance"]["name"].startswith("FD-classifier:") and receipt["score"]["name"].startswith("IS-class")
     assert receipt["extractor"]["label"] == extractor.label and receipt["n"] == 50
-    assert receipt["provenance"]["sampling"]["guidance"] == 1.5 and receipt["provenance"]["seeds"] == [0, 49]
+    assert receipt["provenance"]["sampling"]["cfg_scale"] == 1.5 and receipt["provenance"]["seeds"] == [0, 49]
     assert set(receipt["versions"]) == {"mixar", "torch", "torch-fidelity", "numpy", "python"}
     assert datetime.fromisoformat(receipt["date"]).tzinfo is not None
     assert [path.name for path in (tmp_path / "eval").iterdir()] == ["receipt.json"]

@@ -22,9 +22,9 @@ def test_every_step(prior, run):
     options = FIXTURE.config["runs"][run]
     settings = SampleConfig(
         prior_steps=options["num_steps"],
-        prior_guidance=options["guidance_scale"],
-        prior_guidance_schedule=options["guidance_annealing"],
-        prior_guidance_power=options["scale_pow"],
+        prior_cfg_scale=options["guidance_scale"],
+        prior_cfg_schedule=options["guidance_annealing"],
+        prior_cfg_power=options["scale_pow"],
         prior_temperature=options["softmax_temperature"],
         prior_randomize=options["randomize_temperature"],
         prior_mask_schedule=options["mask_schedule_strategy"],

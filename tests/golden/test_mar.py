@@ -216,7 +216,7 @@ def test_sampling_loops() -> None:
         b, n = order.shape
         sampling = SampleConfig(
             steps=settings["num_iter"], diffusion_steps=fixture.config["model"]["num_sampling_steps"],
-            guidance=settings["cfg"], guidance_schedule=settings["cfg_schedule"], temperature=settings["temperature"],
+            cfg_scale=settings["cfg"], cfg_schedule=settings["cfg_schedule"], temperature=settings["temperature"],
         )  # fmt: skip
         labels = given["labels"] if settings["labels"] else None
         steps = sample_steps(model, labels, None, order, RecordedNoise(given), sampling)
@@ -229,7 +229,7 @@ def test_sampling_loops() -> None:
             predicted = torch.zeros(b * n, dtype=torch.bool)
             predicted[step.rows] = True
             assert torch.equal(predicted.view(b, n), expected["mask_to_pred"][i]), name
-            assert math.isclose(step.plan.guidance, expected["cfg_iter"][i].item(), rel_tol=1e-6), name
+            assert math.isclose(step.plan.cfg_scale, expected["cfg_iter"][i].item(), rel_tol=1e-6), name
             assert_close(before, expected["tokens_before"][i], 3e-3, f"{name} tokens_before")
             assert_close(step.z, expected[f"step{i:02d}.z"], 3e-3, f"{name} z")
             before = step.tokens

@@ -21,10 +21,10 @@ def test_reveal_schedule() -> None:
     for combo in names(fixture, "mar."):
         length, steps = (int(part[1:]) for part in combo.split("_"))
         expected = fixture.under(f"mar.{combo}.")
-        plan = reveal_schedule(length, SampleConfig(steps=steps, guidance=3.0))
+        plan = reveal_schedule(length, SampleConfig(steps=steps, cfg_scale=3.0))
         assert [max(step.after, 1) for step in plan] == expected["mask_len"].tolist(), combo
         assert [step.before - step.after for step in plan] == expected["n_pred"].tolist(), combo
-        scales = torch.tensor([step.guidance for step in plan], dtype=torch.float64)
+        scales = torch.tensor([step.cfg_scale for step in plan], dtype=torch.float64)
         torch.testing.assert_close(scales, expected["cfg_iter_for_cfg3"], rtol=1e-9, atol=0)
 
 

@@ -200,7 +200,7 @@ def test_guidance():
     passes = []
     prior.register_forward_pre_hook(lambda module, args: passes.append(len(args[0])))
     for scale, expected in ((0.0, [3, 3]), (4.0, [6, 6])):
-        settings = SampleConfig(prior_steps=2, prior_guidance=scale, prior_guidance_schedule="none")
+        settings = SampleConfig(prior_steps=2, prior_cfg_scale=scale, prior_cfg_schedule="none")
         passes.clear()
         sample_codes(prior, labels, settings, *keyed_draws(seeds, 16, 2))
         assert passes == expected

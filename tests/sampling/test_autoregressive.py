@@ -54,10 +54,10 @@ def test_disa_lets_the_diffusion_steps_fall() -> None:
 
 
 def test_guidance_is_left_out_outside_of_its_interval() -> None:
-    whole = reveal_schedule(256, SampleConfig(steps=16, guidance=3.0))
-    part = reveal_schedule(256, SampleConfig(steps=16, guidance=3.0, guidance_interval=[0.25, 0.75]))
-    assert all(step.guidance == 1 for step in part[:4] + part[12:])
-    assert part[4:12] == whole[4:12] and all(step.guidance > 1 for step in whole)
+    whole = reveal_schedule(256, SampleConfig(steps=16, cfg_scale=3.0))
+    part = reveal_schedule(256, SampleConfig(steps=16, cfg_scale=3.0, cfg_interval=[0.25, 0.75]))
+    assert all(step.cfg_scale == 1 for step in part[:4] + part[12:])
+    assert part[4:12] == whole[4:12] and all(step.cfg_scale > 1 for step in whole)
 
 
 def no_noise() -> torch.Tensor:
@@ -124,7 +124,7 @@ def test_fast_settings_draw_otherwise(make_pipeline) -> None:
     pipeline = make_pipeline()
     seen = {pipeline([0, 1], [5, 6]).numpy().tobytes()}
     for changes in (
-        {"order": "checkerboard"}, {"solver": "dpm"}, {"diffusion_steps_end": 2}, {"guidance_interval": [0.5, 1.0]},
+        {"order": "checkerboard"}, {"solver": "dpm"}, {"diffusion_steps_end": 2}, {"cfg_interval": [0.5, 1.0]},
     ):  # fmt: skip
         seen.add(pipeline.with_settings(**changes)([0, 1], [5, 6]).numpy().tobytes())
     assert len(seen) == 5
@@ -133,8 +133,8 @@ def test_fast_settings_draw_otherwise(make_pipeline) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"guidance_interval": [0.5]}, r"guidance_interval=\[0.25,1\]"),
-        ({"guidance_interval": [0.8, 0.2]}, r"guidance_interval=\[0.25,1\]"),
+        ({"cfg_interval": [0.5]}, r"cfg_interval=\[0.25,1\]"),
+        ({"cfg_interval": [0.8, 0.2]}, r"cfg_interval=\[0.25,1\]"),
         ({"diffusion_steps": "ddim50", "diffusion_steps_end": 5}, "write sample.diffusion_steps=50"),
         ({"diffusion_steps": "4", "diffusion_steps_end": 60}, "write sample.diffusion_steps=60"),
         ({"solver": "dpm", "diffusion_steps": "1"}, "write sample.diffusion_steps=2"),

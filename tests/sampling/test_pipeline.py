@@ -77,7 +77,7 @@ def test_more_steps_than_positions(make_pipeline):
 
 
 @pytest.mark.parametrize(
-    "change", [{"guidance": 4.0}, {"temperature": 0.5}, {"diffusion_steps": "7"}, {"prior_guidance": 0.0}]
+    "change", [{"cfg_scale": 4.0}, {"temperature": 0.5}, {"diffusion_steps": "7"}, {"prior_cfg_scale": 0.0}]
 )
 def test_settings_matter(make_pipeline, change):
     pipeline = make_pipeline()

@@ -55,7 +55,7 @@ def test_draws_and_scores(mixar, run_dir, folder, classifier):
     assert receipt["distance"]["value"] > 0 and receipt["n"] == 8 and receipt["reference"]["n"] == 100
     assert receipt["per_class"] == {"0": 3, "1": 3, "2": 2} and 0 <= receipt["accuracy"] <= 1
     how = receipt["provenance"]
-    assert how["seeds"] == [3, 10] and how["sampling"]["steps"] == 2 and how["sampling"]["guidance"] == 2.0
+    assert how["seeds"] == [3, 10] and how["sampling"]["steps"] == 2 and how["sampling"]["cfg_scale"] == 2.0
     assert how["dtype"] == "fp32" and set(how["weights"]) == {"model", "vae", "tokenizer", "prior"}
     # the folder that it drew, and an npz of the same samples, score the same
     drawn = run_dir / "samples" / "3-8-steps-2"
@@ -230,10 +230,10 @@ def settings_of(found):
 
 
 def test_grid_is_the_product_of_its_axes(mixar, grid, run_dir, folder, classifier):
-    found, text, said = grid("steps=2,3", "guidance=1,2.5")
-    assert settings_of(found) == [{"steps": k, "guidance": g} for k in (2, 3) for g in (1, 2.5)]
+    found, text, said = grid("steps=2,3", "cfg_scale=1,2.5")
+    assert settings_of(found) == [{"steps": k, "cfg_scale": g} for k in (2, 3) for g in (1, 2.5)]
     assert found["count"] == 6 and found["extractor"].startswith("classifier:") and found["environment"]["host"]
-    names = [f"0-6-steps-{k}-guidance-{g}" for k in (2, 3) for g in (1.0, 2.5)]
+    names = [f"0-6-steps-{k}-cfg_scale-{g}" for k in (2, 3) for g in (1.0, 2.5)]
     assert sorted(path.name for path in (run_dir / "samples").iterdir()) == names
     for row, name in zip(found["rows"], names):
         receipt = json.loads((run_dir / "eval" / f"{name}.json").read_text())
@@ -248,13 +248,13 @@ def test_grid_is_the_product_of_its_axes(mixar, grid, run_dir, folder, classifie
     best = min(found["rows"], key=lambda row: row["distance"]["mean"])
     (marked,) = [line for line in lines if "best" in line]
     cells = [cell.strip() for cell in marked.split("|")]
-    assert cells[1:3] == [str(best["settings"][name]) for name in ("steps", "guidance")]
+    assert cells[1:3] == [str(best["settings"][name]) for name in ("steps", "cfg_scale")]
     picture = Image.open(run_dir / "eval" / "0-6-grid.png")
     assert picture.size == (1800, 1200) and len(picture.getcolors(1 << 20)) > 10
     # the samples are those that the flags draw
-    alone = ("--count", 6, "--steps", 2, "--guidance", 2.5)
+    alone = ("--count", 6, "--steps", 2, "--cfg-scale", 2.5)
     status, said, _ = mixar("evaluate", run_dir, *alone, "--reference", folder, "--extractor", classifier)
-    again = json.loads((run_dir / "eval" / "0-6-steps-2-guidance-2.5.json").read_text())
+    again = json.loads((run_dir / "eval" / "0-6-steps-2-cfg_scale-2.5.json").read_text())
     assert status == 0 and again["distance"]["value"] == found["rows"][1]["distance"]["mean"]
 
 
@@ -338,7 +338,7 @@ def test_grid_refusals(mixar, refused, run_dir, folder, classifier, tmp_path, ma
     assert "Known: preset, steps" in refused(*run, "--grid", "seed=1,2")
     assert "--grid steps=few is not a whole number" in refused(*run, "--grid", "steps=2,few")
     assert "--grid steps=0 is out of range" in refused(*run, "--grid", "steps=2,0")
-    assert "--grid guidance= is not a number" in refused(*run, "--grid", "guidance=1,,2")
+    assert "--grid cfg_scale= is not a number" in refused(*run, "--grid", "cfg_scale=1,,2")
     assert "--grid solver=dmp is not known: write one of ddpm, dpm" in refused(*run, "--grid", "solver=dmp")
     assert "--grid preset=slow is not known: write one of exact" in refused(*run, "--grid", "preset=slow")
     assert "--grid diffusion_steps=many is not a respacing" in refused(*run, "--grid", "diffusion_steps=many")

@@ -50,18 +50,18 @@ def test_goes_on_where_it_stopped(mixar, run_dir):
 
 
 def test_flags_override_the_export(mixar, refused, run_dir, tmp_path):
-    flags = ("--steps", 2, "--diffusion-steps", "2,1", "--guidance", 1.5, "--temperature", 0.9, "--prior-steps", 3,
-             "--prior-guidance", 0, "--batch", 3, "--seed", 5)  # fmt: skip
+    flags = ("--steps", 2, "--diffusion-steps", "2,1", "--cfg-scale", 1.5, "--temperature", 0.9, "--prior-steps", 3,
+             "--prior-cfg-scale", 0, "--batch", 3, "--seed", 5)  # fmt: skip
     assert mixar("sample", run_dir, "--count", 2, *flags)[0] == 0
     (folder,) = (run_dir / "samples").iterdir()
     sampling = json.loads((folder / "sampling.json").read_text())["sampling"]
-    assert sampling["steps"] == 2 and sampling["diffusion_steps"] == "2,1" and sampling["guidance"] == 1.5
+    assert sampling["steps"] == 2 and sampling["diffusion_steps"] == "2,1" and sampling["cfg_scale"] == 1.5
     assert sampling["prior_steps"] == 3 and sampling["seed"] == 5
     assert mixar("sample", run_dir, "--count", 2)[0] == 0 and len(list((run_dir / "samples").iterdir())) == 2
     # one folder never holds two kinds of samples
     out = ("--count", 2, "--out", tmp_path / "mine")
     assert mixar("sample", run_dir, *out)[0] == 0
-    assert "samples of other sampling" in refused("sample", run_dir, *out, "--guidance", 1)
+    assert "samples of other sampling" in refused("sample", run_dir, *out, "--cfg-scale", 1)
 
 
 def test_npz_holds_the_same_images(mixar, run_dir):
@@ -95,7 +95,7 @@ def test_an_npz_goes_on_after_signals(refused, run_dir, tmp_path):
     kept = folder / ".samples" / "0.npy"
     (folder / ".samples" / ".samples.npz.0.part").touch()  # as a kill while the npz is put together leaves it
     before = kept.stat().st_mtime_ns
-    assert "samples of other sampling" in refused("sample", run_dir, *flags, "--guidance", 1, "--out", folder)
+    assert "samples of other sampling" in refused("sample", run_dir, *flags, "--cfg-scale", 1, "--out", folder)
     assert kept.stat().st_mtime_ns == before
     assert subprocess.run(command, capture_output=True).returncode == 0
     assert sorted(os.listdir(folder)) == ["samples.npz", "sampling.json"]
@@ -179,8 +179,8 @@ def test_as_a_program(run_dir):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "1 images: " in done.stdout and (run_dir / "samples/0-1-labels-1-steps-1/0-1.png").is_file()
-    wrong = subprocess.run([*command, "--guidance", "high"], capture_output=True, text=True)
-    assert wrong.returncode == 2 and "--guidance" in wrong.stderr
+    wrong = subprocess.run([*command, "--cfg-scale", "high"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "--cfg-scale" in wrong.stderr
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_as_a_program(run_dir):
         (["--steps", "0"], "--steps 0 is out of range"),
         (["--temperature=-1"], "--temperature -1.0 is out of range"),
         (["--batch", "0"], "--batch 0 is out of range"),
-        (["--prior-guidance", "nan"], "--prior-guidance nan is out of range"),
+        (["--prior-cfg-scale", "nan"], "--prior-cfg-scale nan is out of range"),
         (["--diffusion-steps", "many"], "--diffusion-steps many is not a respacing"),
         (["--diffusion-steps", "1001"], "--diffusion-steps 1001"),
         (["--prior-steps", "200"], "128 or fewer"),
