@@ -21,7 +21,7 @@ import torch
 from reference import MAR, Training
 from streaming import MDSWriter
 
-from mixar import draws
+from mixar import rng
 from mixar.cards import CARDS
 from mixar.config import (
     GUIDANCES,
@@ -37,7 +37,6 @@ from mixar.config import (
 from mixar.data.loader import Loader, ShardSource
 from mixar.data.parts import HASH
 from mixar.dist import Place, find
-from mixar.draws import Stream
 from mixar.engine import build_engine
 from mixar.environment import environment
 from mixar.mixing import Masking, masked_counts
@@ -48,9 +47,10 @@ from mixar.ops.mix_gather import reference as mix_gather_reference
 from mixar.ops.timestep_embed import reference as timestep_reference
 from mixar.plan import make_plan
 from mixar.prior import Prior, keyed_draws, sample_codes
+from mixar.rng import Stream
 from mixar.sampling import sample_tokens
 from mixar.sampling.autoregressive import compiled_predict, predict
-from mixar.sampling.packed import pack_linears
+from mixar.sampling.reordered import reorder_linears
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BATCH, N, C, WIDTH, BLOCKS, HEADS, HEAD = 8, 256, 32, 384, 6, 6, (3, 512)
@@ -71,8 +71,8 @@ class FixedData:
 
     def __init__(self, cfg: ModelConfig, images: int, device: torch.device) -> None:
         self.cfg, self.index = cfg, torch.arange(images, device=device)
-        self.tokens = draws.normal(0, Stream.POSTERIOR, self.index, cfg.tokens, cfg.token_dim)
-        codes = draws.bits(0, Stream.PRIOR_TOKEN, self.index, cfg.tokens) & (2**cfg.code_bits - 1)
+        self.tokens = rng.normal(0, Stream.POSTERIOR, self.index, cfg.tokens, cfg.token_dim)
+        codes = rng.bits(0, Stream.PRIOR_TOKEN, self.index, cfg.tokens) & (2**cfg.code_bits - 1)
         self.codes = None if cfg.guidance == "none" else codes
         self.counts = sorted(masked_counts(MaskConfig(group=BATCH), cfg.tokens, 0, range(images), images))
 
@@ -87,9 +87,9 @@ class FixedData:
 
     def loss(self, model, batch, epoch):
         index, rows, mul = self.index, sum(self.counts), self.cfg.diffusion_batch_mul
-        masking = Masking.from_order(draws.permutation(0, Stream.MASK_ORDER, index, self.cfg.tokens), self.counts)
-        t = (draws.uniform(0, Stream.TIMESTEP, index[:1], mul, rows)[0] * 1000).long()
-        noise = draws.normal(0, Stream.NOISE, index[:1], mul, rows, self.cfg.token_dim)[0]
+        masking = Masking.from_order(rng.permutation(0, Stream.MASK_ORDER, index, self.cfg.tokens), self.counts)
+        t = (rng.uniform(0, Stream.TIMESTEP, index[:1], mul, rows)[0] * 1000).long()
+        noise = rng.normal(0, Stream.NOISE, index[:1], mul, rows, self.cfg.token_dim)[0]
         value = model(self.tokens, index, masking, self.codes, t, noise, keys=index).loss
         return value, {"loss": mean_of(value)}
 
@@ -138,7 +138,7 @@ def sampling(
             sizes = {"width": WIDTH, "depth": BLOCKS, "heads": HEADS, "mlp_width": 4 * WIDTH}
             prior = Prior(PriorConfig(**sizes, bits=14, grid=16, classes=1000)).eval()
     init_weights(model, 0)
-    pack_linears(torch.nn.ModuleList([model] if prior is None else [model, prior]))  # as the pipeline does
+    reorder_linears(torch.nn.ModuleList([model] if prior is None else [model, prior]))  # as the pipeline does
     seeds, run = torch.arange(images, device=device), compiled_predict(device) if compiled else predict
 
     def work() -> float:
@@ -187,9 +187,9 @@ def mix_gather_passes(batch: int, width: int) -> dict[str, tuple[Work, Work]]:
     place, prefix = find().device, 64
     index = torch.arange(batch, device=place)
     counts = masked_counts(MaskConfig(group=batch), N, 0, range(batch), batch)
-    slots = Masking.from_order(draws.permutation(0, Stream.MASK_ORDER, index, N), counts).slots(prefix)
-    codes, drawn = (draws.bits(0, stream, index, N) & (2**14 - 1) for stream in (Stream.PRIOR_TOKEN, Stream.PRIOR_FILL))
-    rho, share = draws.uniform(0, Stream.RHO, index, N), torch.full((1,), 0.5, device=place)
+    slots = Masking.from_order(rng.permutation(0, Stream.MASK_ORDER, index, N), counts).slots(prefix)
+    codes, drawn = (rng.bits(0, stream, index, N) & (2**14 - 1) for stream in (Stream.PRIOR_TOKEN, Stream.PRIOR_FILL))
+    rho, share = rng.uniform(0, Stream.RHO, index, N), torch.full((1,), 0.5, device=place)
     sizes = ((int((slots >= 0).sum()), width), (width, 14), (width,), (prefix + N, width))
     leaves = encoded, weight, bias, positions = [torch.randn(size, device=place, requires_grad=True) for size in sizes]
     grad = torch.randn(batch, prefix + N, width, device=place)

@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixar import dist, draws
+from mixar import dist, rng
 from mixar.checkpoint import Progress, RunDirectory
 from mixar.config import Config, images_per_pass
 from mixar.data.batch import Batch, Source
 from mixar.data.loader import Loader
 from mixar.dist import Agreement, Place
-from mixar.draws import Stream
 from mixar.engine import Scalars, StepInfo, build_engine, learning_rate
 from mixar.errors import UserError
 from mixar.log import log
 from mixar.metrics import Averages, Metrics
 from mixar.objectives import Objective
 from mixar.objectives.base import mean_of
+from mixar.rng import Stream
 from mixar.signals import Signals
 from mixar.watch import Watchdog
 from mixar.weights import export_path, holds, read_fitting
@@ -224,7 +224,7 @@ class _Task:
         # what torch itself draws, in the prior's training and in the attention kernels of GPUs, is a function of the
         # micro-batch, whichever rank it falls to; all else is one of the image
         first = torch.tensor(batch.host_index[:1])
-        torch.manual_seed(int(draws.bits(self.seed, Stream.DROPOUT, first, 1).item()))
+        torch.manual_seed(int(rng.bits(self.seed, Stream.DROPOUT, first, 1).item()))
         return self.objective.loss(model, batch, epoch)
 
 

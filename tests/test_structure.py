@@ -13,7 +13,7 @@ import mixar
 
 ROOT = Path(mixar.__file__).parent
 FLOORS = (
-    "cards draws environment errors signals",
+    "cards environment errors rng signals",
     "files log resources slurm",
     "ops",
     "config weights dist",
@@ -129,7 +129,7 @@ def test_sampling_needs_no_training_library() -> None:
     [
         ("model/net.py", "from mixar.trainer import Trainer"),  # up
         ("codecs/vae.py", "from mixar import prior"),  # across
-        ("draws.py", "def f():\n    import mixar.data.loader"),  # up, inside a function
+        ("rng.py", "def f():\n    import mixar.data.loader"),  # up, inside a function
         ("attic.py", ""),  # on no floor
     ],
 )

@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from mixar import draws
+from mixar import rng
 from mixar.data.pixels import read_rgb
-from mixar.draws import Stream
 from mixar.errors import printable
+from mixar.rng import Stream
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class ImageSet:
 
 def split(images: ImageSet, held_out: int, seed: int) -> tuple[ImageSet, ImageSet]:
     """(train, held): `held_out` images are held out, from each class its share. Depends on the arguments alone."""
-    chance = draws.uniform(seed, Stream.DATA_ORDER, torch.arange(len(images))).numpy()
+    chance = rng.uniform(seed, Stream.DATA_ORDER, torch.arange(len(images))).numpy()
     labels = np.asarray(images.labels)
     quantile = np.empty(len(images))  # of each image in a random order of its class: the lowest ones are held out
     for label in np.unique(labels):

@@ -16,15 +16,15 @@ from streaming.base.hashing import get_hash
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mixar import draws
+from mixar import rng
 from mixar.data.batch import Batch, Picks, PreDrawn, Source
 from mixar.data.images import ImageSource
 from mixar.data.parts import HASH
 from mixar.data.pre_draw import PRE_DRAWN, RECIPE
 from mixar.data.remote import fetch
 from mixar.data.workers import watching
-from mixar.draws import Stream
 from mixar.errors import UserError
+from mixar.rng import Stream
 from mixar.signals import held_back
 
 __all__ = ["Batch", "ImageSource", "Loader", "PreDrawn", "ShardSource", "epoch_order"]
@@ -37,9 +37,9 @@ def epoch_order(seed: int, epoch: int, shard_sizes: Sequence[int], window: int =
     window at a time, and a set of at most one window is shuffled uniformly.
     """
     epochs, shards, n = torch.tensor([epoch]), len(shard_sizes), sum(shard_sizes)
-    rank = draws.permutation(seed, Stream.DATA_ORDER, epochs, shards)[0].numpy().argsort()  # of each shard
+    rank = rng.permutation(seed, Stream.DATA_ORDER, epochs, shards)[0].numpy().argsort()  # of each shard
     window_of_sample = np.repeat(rank // window, shard_sizes)
-    chance = draws.bits(seed, Stream.DATA_ORDER, epochs, n, start=shards)[0].numpy()
+    chance = rng.bits(seed, Stream.DATA_ORDER, epochs, n, start=shards)[0].numpy()
     return np.lexsort((chance, window_of_sample))
 
 
@@ -111,7 +111,7 @@ class _Sampler:
                 if g // n != epoch:
                     epoch, order = g // n, epoch_order(self.seed, g // n, self.shard_sizes)
                 rows.append(int(order[g % n]))
-            flips = draws.uniform(self.seed, Stream.FLIP, index) < 0.5
+            flips = rng.uniform(self.seed, Stream.FLIP, index) < 0.5
             yield Picks(index, rows, flips.tolist() if self.flip else [False] * len(rows))
 
 

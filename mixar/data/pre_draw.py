@@ -10,16 +10,16 @@ import torch
 from einops import rearrange
 from streaming import LocalDataset
 
-from mixar import draws
+from mixar import rng
 from mixar.config import Config
 from mixar.data.manifest import Manifest, check_manifest, read_manifest
 from mixar.data.parts import SIZE, Parts, Row
 from mixar.data.shards import code_dtype
-from mixar.draws import Stream
 from mixar.errors import UserError
 from mixar.files import write_json
 from mixar.mixing import Masking, ratio_quantile
 from mixar.prior import Prior, fill
+from mixar.rng import Stream
 from mixar.weights import fingerprint
 
 PRE_DRAWN = "ti_mix"  # the folder below the shards
@@ -106,11 +106,11 @@ def _rows(cfg: Config, prior: Prior, dataset: LocalDataset, indices: range) -> I
         flips = [v % 2 if cfg.data.flip else 0 for v in range(variants)]
         codes = torch.from_numpy(np.concatenate([image["codes"][flips] for image in images])).long().to(device)
         labels = torch.tensor([image["label"] for image in images], device=device).repeat_interleave(variants)
-        order = draws.permutation(cfg.seed, Stream.MASK_ORDER, index, n)
-        level = draws.uniform(cfg.seed, Stream.MASK_RATIO, index)
+        order = rng.permutation(cfg.seed, Stream.MASK_ORDER, index, n)
+        level = rng.uniform(cfg.seed, Stream.MASK_RATIO, index)
         count = torch.ceil(n * ratio_quantile(level, cfg.mask.minimum, cfg.mask.std)).int()
         sample = cfg.ti_mix.draw == "sample"
-        u = draws.uniform(cfg.seed, Stream.PRIOR_FILL, index, n, prior.config.splits) if sample else None
+        u = rng.uniform(cfg.seed, Stream.PRIOR_FILL, index, n, prior.config.splits) if sample else None
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             drawn = fill(prior, codes, Masking.from_order(order, count.tolist()).masked, labels, u)
         table = zip(*(rearrange(x.cpu().numpy(), "(b v) ... -> b v ...", v=variants) for x in (order, count, drawn)))

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixar import draws
+from mixar import rng
 from mixar.config import MaskConfig
-from mixar.draws import Stream
+from mixar.rng import Stream
 
 
 def ratio_quantile(u: Tensor, minimum: float, std: float) -> Tensor:
@@ -39,11 +39,11 @@ def masked_counts(cfg: MaskConfig, tokens: int, seed: int, indices: Sequence[int
     """
     if cfg.ratio_scope == "batch":
         scope = torch.tensor(sorted({i // batch for i in indices}))
-        ratio = dict(zip(scope.tolist(), draws.uniform(seed, Stream.MASK_RATIO, scope), strict=True))
+        ratio = dict(zip(scope.tolist(), rng.uniform(seed, Stream.MASK_RATIO, scope), strict=True))
         levels = torch.stack([ratio[i // batch] for i in indices])
     else:
         groups = torch.tensor([i // cfg.group for i in indices[:: cfg.group]])
-        places = draws.permutation(seed, Stream.MASK_RATIO, groups, cfg.group).flatten()
+        places = rng.permutation(seed, Stream.MASK_RATIO, groups, cfg.group).flatten()
         levels = (places.double() + 0.5) / cfg.group
     return torch.ceil(tokens * ratio_quantile(levels, cfg.minimum, cfg.std)).long().tolist()
 

@@ -9,8 +9,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from mixar import draws
-from mixar.draws import Stream
+from mixar import rng
+from mixar.rng import Stream
 
 TOSSES = 1 << 24
 
@@ -26,7 +26,7 @@ def _tosses(p: float, device: torch.device) -> Tensor:
 @torch.library.custom_op("mixar::kept", mutates_args=())
 def _kept(keys: Tensor, site: int, width: int, p: float) -> Tensor:
     windows = _tosses(p, keys.device).as_strided((TOSSES - width, width), (1, 1))
-    start = draws.bits(site, Stream.DROPOUT, keys.flatten(), 1)[:, 0].remainder(TOSSES - width)
+    start = rng.bits(site, Stream.DROPOUT, keys.flatten(), 1)[:, 0].remainder(TOSSES - width)
     return windows[start.view(keys.shape)]
 
 
@@ -37,7 +37,7 @@ def _(keys: Tensor, site: int, width: int, p: float) -> Tensor:
 
 def token_keys(keys: Tensor, tokens: int, layer: int) -> Tensor:
     """int64 [B, tokens], one key per token in one layer, from one key per image, int64 [B]."""
-    return draws.bits(layer, Stream.DROPOUT, keys, tokens)
+    return rng.bits(layer, Stream.DROPOUT, keys, tokens)
 
 
 def drop(x: Tensor, keys: Tensor, site: int, p: float) -> Tensor:

@@ -23,7 +23,7 @@ class Objective(Trainable, Protocol):
         """Write `model` as a release, in place of one that the folder may hold."""
 
 
-class Drawn:
+class RandomInit:
     """First values of a network that draws them when it is built."""
 
     seed: int
@@ -51,11 +51,11 @@ def mean_of(values: Tensor) -> Tensor:
 
 
 def means_by_bucket(values: Tensor, bucket: Tensor, names: list[str]) -> Scalars:
-    """One mean a bucket.
+    """One mean per bucket.
 
     Args:
         values: [R].
-        bucket: int64 [R], the place of each value's bucket in `names`.
+        bucket: int64 [R], the index of each value's bucket in `names`.
     """
     sums = torch.zeros(len(names), 2, device=values.device)
     sums.index_add_(0, bucket, torch.stack([values.detach().float(), torch.ones_like(values, dtype=torch.float32)], -1))

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixar import draws
+from mixar import rng
 from mixar.codecs import VAE, Tokenizer, build_tokenizer, from_bytes, kl, posterior, to_bytes
 from mixar.config import Config, to_dict
 from mixar.data.batch import Batch
-from mixar.draws import Stream
 from mixar.engine import Scalars
-from mixar.objectives.base import Drawn, mean_of
+from mixar.objectives.base import RandomInit, mean_of
+from mixar.rng import Stream
 from mixar.weights import write_export
 
 
@@ -23,7 +23,7 @@ def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
     return F.l1_loss(output, target) + F.mse_loss(output, target)
 
 
-class CodecObjective(Drawn):
+class CodecObjective(RandomInit):
     """What both codecs share: images in, reconstructions to look at."""
 
     kind: str
@@ -63,7 +63,7 @@ class VAEObjective(CodecObjective):
         assert batch.images is not None
         images = from_bytes(batch.images)
         grid = self.cfg.latent_grid
-        noise = draws.normal(self.cfg.seed, Stream.POSTERIOR, batch.index, self.cfg.vae.latent_channels, grid, grid)
+        noise = rng.normal(self.cfg.seed, Stream.POSTERIOR, batch.index, self.cfg.vae.latent_channels, grid, grid)
         output, moments = model(images, noise)
         reconstruction = reconstruction_loss(output, images)
         divergence = kl(moments).mean()

@@ -7,11 +7,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from mixar import draws
+from mixar import rng
 from mixar.codecs import LatentNorm, posterior
 from mixar.config import STEPS, Config, to_dict
 from mixar.data.batch import Batch, on_device
-from mixar.draws import Stream
 from mixar.engine import Scalars
 from mixar.log import log
 from mixar.mixing import Masking, Mixture, ground_truth_share, masked_counts
@@ -19,6 +18,7 @@ from mixar.model import MixAR, initial_value, patchify, process_of
 from mixar.objectives.base import mean_of, means_by_bucket
 from mixar.objectives.frozen import Frozen
 from mixar.prior import Prior, fill
+from mixar.rng import Stream
 from mixar.sampling import MixARPipeline
 from mixar.weights import write_export
 
@@ -60,14 +60,14 @@ class MixARObjective:
         batch, masking = self._mask(batch)
         n, c, mul = cfg.tokens, cfg.token_dim, cfg.diffusion_batch_mul
         codes, mixture, share, generated = self._codes(batch, masking, epoch)
-        drop = draws.uniform(seed, Stream.CLASS_DROP, batch.index, 1)[:, 0] < cfg.class_drop_prob
+        drop = rng.uniform(seed, Stream.CLASS_DROP, batch.index, 1)[:, 0] < cfg.class_drop_prob
         rows = masking.masked_rows
-        t = self.process.times(draws.uniform(seed, Stream.TIMESTEP, batch.index, mul, n))
+        t = self.process.times(rng.uniform(seed, Stream.TIMESTEP, batch.index, mul, n))
         t = rearrange(t, "b mul n -> mul (b n)")[:, rows]
-        noise = draws.normal(seed, Stream.NOISE, batch.index, mul, n, c)
+        noise = rng.normal(seed, Stream.NOISE, batch.index, mul, n, c)
         noise = rearrange(noise, "b mul n c -> mul (b n) c")[:, rows]
 
-        keys = draws.bits(seed, Stream.DROPOUT, batch.index, 1)[:, 0]
+        keys = rng.bits(seed, Stream.DROPOUT, batch.index, 1)[:, 0]
 
         losses = model(self._tokens(batch), batch.labels, masking, codes, t, noise, drop, keys, mixture)
 
@@ -91,7 +91,7 @@ class MixARObjective:
             counts, order = batch.drawn.count, batch.drawn.order
         else:
             counts = masked_counts(cfg.mask, cfg.model.tokens, cfg.seed, batch.host_index, cfg.train.batch)
-            order = draws.permutation(cfg.seed, Stream.MASK_ORDER, batch.index, cfg.model.tokens)
+            order = rng.permutation(cfg.seed, Stream.MASK_ORDER, batch.index, cfg.model.tokens)
         by_length = sorted(range(len(counts)), key=counts.__getitem__)
         return batch.select(by_length), Masking.from_order(order[by_length], [counts[i] for i in by_length])
 
@@ -99,7 +99,7 @@ class MixARObjective:
         """x_c: a fresh posterior sample of each image's latents, normalised, as tokens [B, N, C]."""
         assert batch.moments is not None
         mean, std = posterior(batch.moments)
-        noise = draws.normal(self.cfg.seed, Stream.POSTERIOR, batch.index, *mean.shape[1:])
+        noise = rng.normal(self.cfg.seed, Stream.POSTERIOR, batch.index, *mean.shape[1:])
         return patchify(self.norm.normalise(mean + std * noise), self.cfg.model.patch)
 
     def _codes(
@@ -114,11 +114,11 @@ class MixARObjective:
         assert batch.codes is not None
         codes, mixture, generated = batch.codes, None, nothing
         if share < 1:
-            rho = draws.uniform(seed, Stream.RHO, batch.index, cfg.model.tokens)
+            rho = rng.uniform(seed, Stream.RHO, batch.index, cfg.model.tokens)
             mixture = Mixture(self._drawn(batch, masking, share), rho, torch.full((1,), share, device=rho.device))
             generated = torch.stack([(masking.masked & (rho >= share)).sum(), masking.masked.sum()]).float()
         if cfg.model.guidance_drop_prob > 0:
-            drop = draws.uniform(seed, Stream.CODE_DROP, batch.index, 1) < cfg.model.guidance_drop_prob
+            drop = rng.uniform(seed, Stream.CODE_DROP, batch.index, 1) < cfg.model.guidance_drop_prob
             codes = codes.masked_fill(drop, -1)
             if mixture is not None:
                 mixture = mixture._replace(drawn=mixture.drawn.masked_fill(drop, -1))
@@ -136,15 +136,15 @@ class MixARObjective:
         u = None
         if self.cfg.ti_mix.draw == "sample":
             shape = (self.cfg.model.tokens, self.prior.config.splits)
-            u = draws.uniform(self.cfg.seed, Stream.PRIOR_FILL, batch.index[rows], *shape)
+            u = rng.uniform(self.cfg.seed, Stream.PRIOR_FILL, batch.index[rows], *shape)
         filled = fill(self.prior, batch.codes[rows], masking.masked[rows], batch.labels[rows], u)
         return batch.codes.index_copy(0, rows, filled)
 
     def _asking(self, batch: Batch, masking: Masking, share: float) -> list[int]:
         """The images with a masked position of ρ ≥ λ: drawn once more on the host, which then waits for no device."""
         seed, n, index = self.cfg.seed, self.cfg.model.tokens, torch.tensor(batch.host_index)
-        rho = draws.uniform(seed, Stream.RHO, index, n)
-        order = draws.permutation(seed, Stream.MASK_ORDER, index, n)
+        rho = rng.uniform(seed, Stream.RHO, index, n)
+        order = rng.permutation(seed, Stream.MASK_ORDER, index, n)
         mixed = Masking.from_order(order, masking.hidden).masked & (rho >= share)
         return mixed.any(-1).nonzero()[:, 0].tolist()
 

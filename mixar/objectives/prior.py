@@ -6,19 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixar import draws
+from mixar import rng
 from mixar.codecs import to_bytes
 from mixar.config import Config, to_dict
 from mixar.data.batch import Batch
-from mixar.draws import Stream
 from mixar.engine import Scalars
-from mixar.objectives.base import Drawn, mean_of
+from mixar.objectives.base import RandomInit, mean_of
 from mixar.objectives.frozen import Frozen
 from mixar.prior import Prior, keyed_draws, masked_loss, sample_codes, split_ids, training_mask
+from mixar.rng import Stream
 from mixar.weights import write_export
 
 
-class PriorObjective(Drawn):
+class PriorObjective(RandomInit):
     """LFQBert's loss, every draw keyed by the sample's global index."""
 
     def __init__(self, cfg: Config, made: dict[str, Any]) -> None:
@@ -36,9 +36,9 @@ class PriorObjective(Drawn):
         assert batch.codes is not None
         cfg, seed = self.cfg.prior, self.cfg.seed
         targets = split_ids(batch.codes, cfg.bits, cfg.splits)
-        ratio = draws.uniform(seed, Stream.PRIOR_RATIO, batch.index, 1)[:, 0]
-        where = draws.uniform(seed, Stream.PRIOR_MASK, batch.index, *targets.shape[1:])
-        drop = draws.uniform(seed, Stream.CLASS_DROP, batch.index, 1)[:, 0] < cfg.class_drop_prob
+        ratio = rng.uniform(seed, Stream.PRIOR_RATIO, batch.index, 1)[:, 0]
+        where = rng.uniform(seed, Stream.PRIOR_MASK, batch.index, *targets.shape[1:])
+        drop = rng.uniform(seed, Stream.CLASS_DROP, batch.index, 1)[:, 0] < cfg.class_drop_prob
         tokens, masked = training_mask(targets, ratio, where, 2 ** (cfg.bits // cfg.splits))
         loss, masked_only = masked_loss(model(tokens, batch.labels, drop), targets, masked, cfg.label_smoothing)
         return loss, {"loss": mean_of(loss), "loss/masked": mean_of(masked_only)}

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mixar import draws
+from mixar import rng
 from mixar.config import SampleConfig
-from mixar.draws import Stream
 from mixar.prior.lfqbert import Prior
 from mixar.prior.tokens import combine_ids, split_ids
+from mixar.rng import Stream
 
 Draws = Callable[[int], Tensor]  # step -> [B, N, m]
 
 
 @dataclass
-class Step:
+class DecodingStep:
     """The record of one decoding step; all [B, N, m], the probabilities [B, N, m, K]."""
 
     masked_before: Tensor  # the network's input
@@ -59,8 +59,8 @@ def guidance_weights(scale: float, steps: int, schedule: str, power: float) -> l
 def keyed_draws(seeds: Tensor, n: int, m: int) -> tuple[Draws, Draws]:
     """(u, gumbel) for `sample_codes`, a pure function of each image's own seed, int64 [B], and the step."""
     return (
-        lambda step: draws.uniform(0, Stream.PRIOR_TOKEN, seeds, n, m, start=step * n * m),
-        lambda step: draws.gumbel(0, Stream.PRIOR_GUMBEL, seeds, n, m, start=step * n * m),
+        lambda step: rng.uniform(0, Stream.PRIOR_TOKEN, seeds, n, m, start=step * n * m),
+        lambda step: rng.gumbel(0, Stream.PRIOR_GUMBEL, seeds, n, m, start=step * n * m),
     )
 
 
@@ -74,13 +74,15 @@ def sample_codes(prior: Prior, labels: Tensor, settings: SampleConfig, u: Draws,
         u: step -> [B, N, m] uniform on [0, 1), for the draws.
         gumbel: step -> [B, N, m] standard Gumbel, for the order in which sub-tokens become fixed.
     """
-    for step in sample_steps(prior, labels, settings, u, gumbel):
+    for step in decoding_steps(prior, labels, settings, u, gumbel):
         pred = step.pred
     return combine_ids(pred, prior.config.bits)
 
 
 @torch.no_grad()
-def sample_steps(prior: Prior, labels: Tensor, settings: SampleConfig, u: Draws, gumbel: Draws) -> Iterator[Step]:
+def decoding_steps(
+    prior: Prior, labels: Tensor, settings: SampleConfig, u: Draws, gumbel: Draws
+) -> Iterator[DecodingStep]:
     """The steps of `sample_codes`: draw every masked sub-token, fix the most confident, mask the others again."""
     assert not prior.training, "sampling with dropout on"
     steps, shape = settings.prior_steps, (len(labels), prior.config.grid**2, prior.config.splits)
@@ -93,12 +95,12 @@ def sample_steps(prior: Prior, labels: Tensor, settings: SampleConfig, u: Draws,
         left = 1 - (step + 1) / steps
         temperature = 0.5 + 0.8 * left if settings.prior_annealing else settings.prior_temperature
         probs = (_guided_logits(prior, tokens, labels, weight) / temperature).softmax(-1)
-        drawn = draws.categorical(probs, u(step))
+        drawn = rng.categorical(probs, u(step))
         masked = tokens == prior.mask_id
         pred = torch.where(masked, drawn, tokens)
         chosen = probs.gather(-1, pred[..., None])[..., 0].log()
         confidence = chosen.masked_fill(~masked, math.inf) + gumbel(step) * settings.prior_randomize * left
-        yield Step(masked_before=tokens, probs=probs, draws=drawn, pred=pred, confidence=confidence)
+        yield DecodingStep(masked_before=tokens, probs=probs, draws=drawn, pred=pred, confidence=confidence)
         threshold = confidence.flatten(1).sort(-1).values[:, count - 1]
         tokens = pred.masked_fill(confidence <= threshold[:, None, None], prior.mask_id)
 
@@ -128,5 +130,5 @@ def fill(prior: Prior, codes: Tensor, masked: Tensor, labels: Tensor, u: Tensor 
     assert not prior.training, "drawing with dropout on"
     tokens = split_ids(codes, prior.config.bits, prior.config.splits).masked_fill(masked[..., None], prior.mask_id)
     logits = prior(tokens, labels).float()
-    drawn = logits.argmax(-1) if u is None else draws.categorical(logits.softmax(-1), u)
+    drawn = logits.argmax(-1) if u is None else rng.categorical(logits.softmax(-1), u)
     return torch.where(masked, combine_ids(drawn, prior.config.bits), codes)

@@ -10,13 +10,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mixar import draws
+from mixar import rng
 from mixar.config import SampleConfig
-from mixar.draws import Stream
 from mixar.mixing import Masking
 from mixar.model import SOLVERS, MixAR, Process, process_of
 from mixar.model.attention import Wanted
 from mixar.model.head import Head
+from mixar.rng import Stream
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,10 @@ def sampling_order(kind: str, seeds: Tensor, tokens: int) -> Tensor:
         tokens: N, of a square grid.
     """
     if kind == "random":
-        return draws.permutation(0, Stream.SAMPLE_ORDER, seeds, tokens)
+        return rng.permutation(0, Stream.SAMPLE_ORDER, seeds, tokens)
     side = math.isqrt(tokens)
     levels = torch.tensor([_level(i, j) for i in range(side) for j in range(side)], dtype=torch.int64)
-    chance = draws.bits(0, Stream.SAMPLE_ORDER, seeds, tokens) >> 8  # leaves the high bits to the level
+    chance = rng.bits(0, Stream.SAMPLE_ORDER, seeds, tokens) >> 8  # leaves the high bits to the level
     return (chance + (levels.to(seeds.device) << 56)).argsort(-1)
 
 
@@ -124,14 +124,14 @@ class KeyedNoise:
 
     def __init__(self, seeds: Tensor, tokens: int, channels: int) -> None:
         self.channels = channels
-        self._keys = draws.bits(0, Stream.SAMPLE_INIT, seeds, tokens).flatten()  # one per position: rows draw alone
+        self._keys = rng.bits(0, Stream.SAMPLE_INIT, seeds, tokens).flatten()  # one per position: rows draw alone
 
     def initial(self, step: int, rows: Tensor) -> Tensor:
-        return draws.normal(0, Stream.SAMPLE_INIT, self._keys[rows], self.channels)
+        return rng.normal(0, Stream.SAMPLE_INIT, self._keys[rows], self.channels)
 
     def during(self, step: int, diffusion_step: int, rows: Tensor) -> Tensor:
         start = diffusion_step * ((self.channels + 1) // 2)
-        return draws.normal(0, Stream.SAMPLE_STEP, self._keys[rows], self.channels, start=start)
+        return rng.normal(0, Stream.SAMPLE_STEP, self._keys[rows], self.channels, start=start)
 
 
 def predict(

@@ -27,7 +27,7 @@ from mixar.files import creating_folder
 from mixar.model import MixAR, process_of, unpatchify
 from mixar.prior import Prior, keyed_draws, load_prior, sample_codes
 from mixar.sampling.autoregressive import compiled_predict, predict, sample_tokens
-from mixar.sampling.packed import pack_linears
+from mixar.sampling.reordered import reorder_linears
 from mixar.weights import (
     describe_export,
     find_export,
@@ -76,7 +76,7 @@ class MixARPipeline:
     ) -> "MixARPipeline":  # fmt: skip
         """The pipeline that `mixar export` wrote, or the newest export of a run directory.
 
-        On a CPU its linear layers run on packed weights, which take their memory once more (`pack_linears`).
+        On a CPU its linear layers run on reordered weights, which take their memory once more (`reorder_linears`).
 
         Raises:
             UserError: no export there, or one that is torn, of another kind, without the codecs and the prior, or of
@@ -117,7 +117,7 @@ class MixARPipeline:
                     "checkpoint, or train it again with a lower optim.lr"
                 )
             if not compile:
-                pack_linears(network)
+                reorder_linears(network)
         return pipeline
 
     @property

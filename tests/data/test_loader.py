@@ -10,14 +10,14 @@ import pytest
 import torch
 from streaming import LocalDataset
 
-from mixar import draws
+from mixar import rng
 from mixar.data.batch import Batch, Picks
 from mixar.data.images import ImageSet, ImageSource
 from mixar.data.loader import Loader, ShardSource, epoch_order
 from mixar.data.pre_draw import predraw
-from mixar.draws import Stream
 from mixar.errors import PassingError, UserError
 from mixar.prior import Prior
+from mixar.rng import Stream
 
 
 def take(source, count: int, **options) -> list[Batch]:
@@ -74,7 +74,7 @@ def test_batches_follow_the_order_and_the_flips_of_the_seed(shards):
     assert [g for g, *_ in seen] == list(range(96))
     for g, key, label, moments, codes in seen:
         row = raw[int(epoch_order(5, g // 40, [16, 16, 8])[g % 40])]
-        flip = int(draws.uniform(5, Stream.FLIP, torch.tensor([g])) < 0.5)
+        flip = int(rng.uniform(5, Stream.FLIP, torch.tensor([g])) < 0.5)
         assert (key, label) == (row["key"], row["label"])
         assert moments == row["moments"][flip].tobytes() and codes == row["codes"][flip].tolist()
 
@@ -181,7 +181,7 @@ def test_pre_drawn_tokens_come_with_their_image_and_flip(make_config, shards):
     for batch in take(source, 20):
         for b, g in enumerate(batch.index.tolist()):
             order, count, drawn = batch.drawn.order[b].tolist(), batch.drawn.count[b], batch.drawn.codes[b]
-            flip = bool(draws.uniform(0, Stream.FLIP, torch.tensor([g])) < 0.5)
+            flip = bool(rng.uniform(0, Stream.FLIP, torch.tensor([g])) < 0.5)
             variant = 2 * (g // 40 % 2) + flip  # the epochs take turns
             row = stored[keys.index(batch.keys[b])]
             assert order == row["order"][variant].tolist() and count == row["count"][variant]

@@ -17,14 +17,14 @@ import torch
 from PIL import Image
 from streaming import LocalDataset
 
-from mixar import draws
+from mixar import rng
 from mixar.data.images import ImageSet, adm_crop, open_images
 from mixar.data.manifest import check_manifest, read_manifest
 from mixar.data.pre_draw import predraw
 from mixar.data.shards import prepare, verify
-from mixar.draws import Stream
 from mixar.errors import PassingError, UserError
 from mixar.prior import Prior, fill
+from mixar.rng import Stream
 from mixar.weights import fingerprint
 
 
@@ -352,7 +352,7 @@ def test_pre_drawn_tokens_lie_row_by_row_beside_the_images(make_config, shards, 
             masked = torch.zeros(1, 16, dtype=torch.bool)
             masked[0, order[:count]] = True
             key = torch.tensor([i * 4 + v])
-            u = draws.uniform(5, Stream.PRIOR_FILL, key, 16, prior.config.splits) if draw == "sample" else None
+            u = rng.uniform(5, Stream.PRIOR_FILL, key, 16, prior.config.splits) if draw == "sample" else None
             expected = fill(prior, codes, masked, torch.tensor([row["label"]]), u)
             assert stored[i]["drawn"][v].tolist() == expected[0].tolist()
     counts = np.stack([row["count"] for row in stored])

@@ -7,7 +7,7 @@ from prior_fixture import prior_from
 
 from mixar.config import SampleConfig
 from mixar.prior import sample_codes
-from mixar.prior.sampling import sample_steps
+from mixar.prior.sampling import decoding_steps
 
 FIXTURE = fixtures.load("lfqbert_sample")
 
@@ -32,7 +32,7 @@ def test_every_step(prior, run):
     )
     given, expected = FIXTURE.under(f"{run}.in."), FIXTURE.under(f"{run}.out.")
     arguments = (prior, given["labels"], settings, given["u"].__getitem__, given["gumbel"].__getitem__)
-    steps = list(sample_steps(*arguments))
+    steps = list(decoding_steps(*arguments))
     assert len(steps) == len(given["u"])
     for i, step in enumerate(steps):
         for name in ("masked_before", "draws", "pred"):

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from mixar import draws
+from mixar import rng
 from mixar.config import MaskConfig
-from mixar.draws import Stream
 from mixar.mixing import Masking, masked_counts
+from mixar.rng import Stream
 
 
 def test_every_micro_batch_holds_the_same_counts() -> None:
@@ -52,7 +52,7 @@ def test_batch_scope_shares_one_ratio() -> None:
 @pytest.mark.parametrize("prefix", [0, 3])
 def test_packing(prefix: int) -> None:
     n, counts = 10, [4, 7, 7, 10]
-    order = draws.permutation(0, Stream.MASK_ORDER, torch.arange(4), n)
+    order = rng.permutation(0, Stream.MASK_ORDER, torch.arange(4), n)
     masking = Masking.from_order(order, counts)
     packed, masked = masking.packed_rows(prefix).tolist(), masking.masked_rows.tolist()
     expected_packed, expected_masked = [], []
@@ -68,7 +68,7 @@ def test_packing(prefix: int) -> None:
 
 
 def test_row_weights_give_the_mean_of_image_means() -> None:
-    order = draws.permutation(0, Stream.MASK_ORDER, torch.arange(3), 8)
+    order = rng.permutation(0, Stream.MASK_ORDER, torch.arange(3), 8)
     masking = Masking.from_order(order, [2, 5, 8])
     values = torch.randn(15, generator=torch.Generator().manual_seed(0))
     means = torch.stack([part.mean() for part in values.split([2, 5, 8])])
@@ -77,7 +77,7 @@ def test_row_weights_give_the_mean_of_image_means() -> None:
 
 @pytest.mark.parametrize("prefix", [0, 3])
 def test_slots_invert_packed_rows(prefix: int) -> None:
-    masking = Masking.from_order(draws.permutation(0, Stream.MASK_ORDER, torch.arange(3), 8), [5, 8, 0])
+    masking = Masking.from_order(rng.permutation(0, Stream.MASK_ORDER, torch.arange(3), 8), [5, 8, 0])
     slots, rows = masking.slots(prefix), masking.packed_rows(prefix)
     assert torch.equal(slots.flatten()[rows], torch.arange(len(rows)))
     assert torch.equal(slots[:, prefix:] < 0, masking.masked) and (slots[:, :prefix] >= 0).all()

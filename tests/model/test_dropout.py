@@ -2,15 +2,15 @@
 
 import torch
 
-from mixar import draws
+from mixar import rng
 from mixar.config import ModelConfig
-from mixar.draws import Stream
 from mixar.mixing import Masking
 from mixar.model import MixAR, init_weights
 from mixar.model.attention import Wanted
 from mixar.model.dropout import drop, token_keys
+from mixar.rng import Stream
 
-KEYS = draws.bits(0, Stream.DROPOUT, torch.arange(4000), 1)[:, 0]
+KEYS = rng.bits(0, Stream.DROPOUT, torch.arange(4000), 1)[:, 0]
 
 
 def test_so_much_is_dropped_and_the_mean_stays() -> None:
@@ -41,9 +41,9 @@ def test_an_image_does_not_see_its_batch() -> None:
     model = MixAR(cfg).train()
     init_weights(model, 0)
     index = torch.arange(6)
-    keys, tokens = KEYS[:6], draws.normal(0, Stream.NOISE, index, 16, 3)
-    codes, classes = draws.bits(0, Stream.PRIOR_TOKEN, index, 16) & 15, model.class_embedding(index % 3)
-    order = draws.permutation(0, Stream.MASK_ORDER, index, 16)
+    keys, tokens = KEYS[:6], rng.normal(0, Stream.NOISE, index, 16, 3)
+    codes, classes = rng.bits(0, Stream.PRIOR_TOKEN, index, 16) & 15, model.class_embedding(index % 3)
+    order = rng.permutation(0, Stream.MASK_ORDER, index, 16)
 
     def condition(rows: list[int], keys: torch.Tensor | None) -> torch.Tensor:
         masking = Masking.from_order(order[rows], [12 if row % 2 else 9 for row in rows])

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from mixar import draws
+from mixar import rng
 from mixar.config import GUIDANCES, ModelConfig
-from mixar.draws import Stream
 from mixar.mixing import Masking, Mixture, ti_mix
 from mixar.model import MixAR, init_weights
 from mixar.model.attention import Wanted
 from mixar.model.guidance import CLASSES
 from mixar.model.init import RULES
 from mixar.ops import code_bits
+from mixar.rng import Stream
 
 N, C = 16, 6
 
@@ -31,7 +31,7 @@ def inputs(b: int = 3, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randn(b, N, C, generator=generator)
     codes = torch.randint(0, 32, (b, N), generator=generator)
-    order = draws.permutation(seed, Stream.MASK_ORDER, torch.arange(b), N)
+    order = rng.permutation(seed, Stream.MASK_ORDER, torch.arange(b), N)
     return tokens, torch.arange(b) % 4, codes, order
 
 
@@ -80,7 +80,7 @@ def test_dc_mix_maps_learned_codes_as_it_maps_bits() -> None:
     tokens, labels, codes, order = inputs()
     codes[1] = -1
     masking = Masking.from_order(order, [12] * 3)
-    mixture = Mixture((codes ^ 31).masked_fill(codes < 0, -1), draws.uniform(0, Stream.RHO, torch.arange(3), N),
+    mixture = Mixture((codes ^ 31).masked_fill(codes < 0, -1), rng.uniform(0, Stream.RHO, torch.arange(3), N),
                       torch.tensor([0.4]))  # fmt: skip
     classes, every = bits.class_embedding(labels), Wanted(torch.arange(3 * N), (N,) * 3)
     for given in (None, mixture):
@@ -118,7 +118,7 @@ def test_tokens_mixed_in_the_model_are_those_of_ti_mix(guidance: str) -> None:
     model = build(guidance)
     tokens, labels, codes, order = inputs()
     masking = Masking.from_order(order, [12] * 3)
-    rho = draws.uniform(0, Stream.RHO, torch.arange(3), N)
+    rho = rng.uniform(0, Stream.RHO, torch.arange(3), N)
     mixture = Mixture(codes ^ 31, rho, torch.tensor([0.4]))
     classes, every = model.class_embedding(labels), Wanted(torch.arange(3 * N), (N,) * 3)
     with torch.no_grad():

@@ -13,7 +13,7 @@ from torch import nn
 from mixar.config import PriorConfig, SampleConfig, to_dict
 from mixar.errors import UserError
 from mixar.prior import Prior, combine_ids, fill, keyed_draws, load_prior, masked_loss, sample_codes, split_ids
-from mixar.prior.sampling import guidance_weights, mask_counts, sample_steps
+from mixar.prior.sampling import decoding_steps, guidance_weights, mask_counts
 from mixar.weights import write_export
 
 MANIFEST = json.loads((Path(__file__).parents[1] / "manifests/maskbit_generator_14bit.json").read_text())
@@ -171,7 +171,7 @@ def test_draws_differ_from_step_to_step():
 def test_masked_as_counted_at_every_step(schedule):
     settings = SampleConfig(prior_steps=6, prior_mask_schedule=schedule)
     seeds = torch.tensor([1, 2])
-    steps = list(sample_steps(make_prior(), seeds, settings, *keyed_draws(seeds, 16, 2)))
+    steps = list(decoding_steps(make_prior(), seeds, settings, *keyed_draws(seeds, 16, 2)))
     before = [(step.masked_before == 8).flatten(1).sum(1).tolist() for step in steps]
     assert before == [[count] * 2 for count in [32, *mask_counts(32, 6, schedule)[:-1]]]
     for step, following in itertools.pairwise(steps):
@@ -187,7 +187,7 @@ def test_more_steps_than_sub_tokens(schedule):
     assert 32 not in mask_counts(32, 32, schedule)[:-1]
     assert 32 in mask_counts(32, 40, schedule)[:-1]
     settings = SampleConfig(prior_steps=40, prior_mask_schedule=schedule)
-    steps = list(sample_steps(prior, seeds, settings, *keyed_draws(seeds, 16, 2)))
+    steps = list(decoding_steps(prior, seeds, settings, *keyed_draws(seeds, 16, 2)))
     assert len(steps) == 40 and all((step.pred < 8).all() for step in steps)
     before = [int((step.masked_before[0] == 8).sum()) for step in steps]
     assert before == [32, *mask_counts(32, 40, schedule)[:-1]]
