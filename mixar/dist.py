@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeVar, cast
 import torch
 import torch.distributed as c10d
 
-from mixar import slurm
+from mixar import slurm as scheduler
 from mixar.errors import PassingError, UserError
 from mixar.signals import end_at_once
 
@@ -65,6 +65,11 @@ class ElsewhereError(UserError):
         self.status = status
 
 
+def share() -> tuple[int, int]:
+    """(rank, world) for work that needs no process group, such as `mixar prepare`; (0, 1) outside of a job."""
+    return scheduler.share()
+
+
 def find() -> Place:
     """This process's place, from the environment of its launcher; it joins no process group.
 
@@ -100,7 +105,7 @@ def start(timeout: float) -> Place:
     store = None
     if place.world > 1:
         end_at_once()
-    if place.launcher == "srun":
+    if place.launcher == scheduler.LAUNCHER:
         os.environ.update(_environment()[1])  # torch and DeepSpeed read these names under any launcher
         if place.world > 1 and "MASTER_PORT" not in os.environ:
             store = _meet(place, timeout)
@@ -148,7 +153,7 @@ def _meet(place: Place, timeout: float) -> c10d.TCPStore:
     Rank 0 announces that port on the first free one of a fixed list of ports: some may be taken by another job, or by
     remains of a requeued one.
     """
-    job = slurm.job()
+    job = scheduler.job()
     word = f"mixar {'.'.join(job)}"
     # below the range from which the kernel assigns ports
     ports = [15000 + (int(job[0]) + 1009 * i) % 15000 for i in range(16)]
@@ -349,8 +354,8 @@ def _environment() -> tuple[str, dict[str, str]]:
             raise UserError(f"the environment has {given} but no {', '.join(missing)}: {_FIX}")
         return "deepspeed" if deepspeed else "torchrun", env
     _refuse_mpi("OMPI_COMM_WORLD", "MV2_COMM_WORLD")
-    if started := slurm.ranks():
-        return "srun", started
+    if started := scheduler.ranks():
+        return scheduler.LAUNCHER, started
     _refuse_mpi("PMI")  # srun sets these too
     return "python", {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 

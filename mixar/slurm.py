@@ -1,7 +1,6 @@
 """The ranks and jobs of Slurm. No other Python file reads SLURM_*.
 
-To support another scheduler, write its three functions in a file beside this one, and call them where these are
-called: in `mixar.dist` and `mixar.verbs.prepare`.
+To support another scheduler, write the same names in a file beside this one, and import that in `mixar.dist`.
 """
 
 import os
@@ -10,6 +9,8 @@ import shutil
 import subprocess
 
 from mixar.errors import UserError
+
+LAUNCHER = "srun"  # the command that starts the ranks
 
 
 def job() -> list[str]:

@@ -5,7 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from mixar import dist, slurm
+from mixar import dist
 from mixar.codecs import load_tokenizer, load_vae
 from mixar.config import Config, load_config
 from mixar.data.images import training_images
@@ -19,7 +19,7 @@ from mixar.objectives.frozen import Frozen
 
 
 def run(args: argparse.Namespace) -> None:
-    rank, world = (own if given is None else given for given, own in zip((args.rank, args.world), slurm.share()))
+    rank, world = (own if given is None else given for given, own in zip((args.rank, args.world), dist.share()))
     if not 0 <= rank < world:
         last = world - 1
         raise UserError(f"no rank {rank} of {world}: write --rank 0 to {last}; for a Slurm array, --array=0-{last}")
