@@ -7,8 +7,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mixar.cards import CARDS
+from mixar.errors import UserError
 from mixar.resources import config_names
 from mixar.sampling_flags import AXES, GRID, add_flags
+
+
+def _path(text: str) -> str:
+    if not text.strip():
+        raise UserError("a path on the command line is empty: write it, or leave its flag out")
+    return text
 
 
 def _configs(parser: argparse.ArgumentParser) -> None:
@@ -72,9 +79,11 @@ def _sample(parser: argparse.ArgumentParser) -> None:
     PNGs are named <seed>-<label>.png. Image i depends on seed + i alone, not on the batch, the count or the order of
     the others. The same command resumes where it stopped.
     """
-    parser.add_argument("path", metavar="PATH", help="run directory (its newest export) or export folder")
+    parser.add_argument("path", type=_path, metavar="PATH", help="run directory (its newest export) or export folder")
     add_flags(parser, "one of each class in turn")
-    parser.add_argument("--out", metavar="DIR", help="default: PATH/samples/<seed>-<count>, beside PATH for an export")
+    parser.add_argument(
+        "--out", type=_path, metavar="DIR", help="default: PATH/samples/<seed>-<count>, beside PATH for an export"
+    )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--grid", action="store_true", help="also show the first 64 in one picture, <out>-grid.png")
     form.add_argument("--npz", action="store_true", help="write samples.npz in ADM's form instead of PNGs")
@@ -93,14 +102,18 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
     the same command resumes where it stopped. A grid uses the same seeds and labels at each point, in the folders of
     `mixar sample`, and writes PATH/eval/<name>-grid.json with a table (.md) and a plot (.png).
     """
-    parser.add_argument("path", nargs="?", metavar="PATH", help="run directory or export folder to sample from")
+    parser.add_argument(
+        "path", type=_path, nargs="?", metavar="PATH", help="run directory or export folder to sample from"
+    )
     parser.add_argument("--samples", metavar="PATH", help="folder of images, or npz, to score instead")
     parser.add_argument("--reference", required=True, help="images: folder, npz or built-in set; or npz of statistics")
     parser.add_argument("--crop", type=int, metavar="SIZE", help="crop a folder of reference images, as ADM does")
     parser.add_argument("--extractor", default="inception", help="inception, inception=FILE, or a classifier's export")
     parser.add_argument("--reconstructions", action="store_true", help="the samples are reconstructions: an rFID")
     parser.add_argument("--save-statistics", metavar="FILE", help="keep the reference's statistics as an npz")
-    parser.add_argument("--out", metavar="FILE", help="the receipt or grid; default: PATH/eval/<seed>-<count>.json")
+    parser.add_argument(
+        "--out", type=_path, metavar="FILE", help="the receipt or grid; default: PATH/eval/<seed>-<count>.json"
+    )
     axes = f"{', '.join(AXES)} (default: {' '.join(GRID)}, and the presets)"
     parser.add_argument("--grid", nargs="*", metavar="NAME=V,V", help=f"sample and score each point of a grid: {axes}")
     parser.add_argument("--repeats", type=int, metavar="N", help="score each point of the grid on N ranges of seeds")
@@ -117,11 +130,13 @@ def _export(parser: argparse.ArgumentParser) -> None:
     The last one turns a public MAR checkpoint into a release to sample from. A run may be training meanwhile. Codecs
     and prior are included where the config, or a key=value here, names them.
     """
-    parser.add_argument("run", metavar="RUN", help="run directory; with --weights the config of those weights")
+    parser.add_argument(
+        "run", type=_path, metavar="RUN", help="run directory; with --weights the config of those weights"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as vae.weights=PATH")
     parser.add_argument("--weights", metavar="FILE", help="a public MAR checkpoint, in place of a run's")
     parser.add_argument("--trust-pickle", action="store_true", help="read checkpoints that hold more than tensors")
-    parser.add_argument("--out", metavar="DIR", help="default: RUN/exports/<images>-ema")
+    parser.add_argument("--out", type=_path, metavar="DIR", help="default: RUN/exports/<images>-ema")
 
 
 def _demo(parser: argparse.ArgumentParser) -> None:
@@ -134,7 +149,7 @@ def _demo(parser: argparse.ArgumentParser) -> None:
     After an interruption, the same command resumes where it stopped.
     """
     parser.add_argument("--images", default="digits", help="a folder of images, or a built-in set (default: digits)")
-    parser.add_argument("--out", type=Path, help="default: runs/demo, or runs/demo-short")
+    parser.add_argument("--out", type=lambda text: Path(_path(text)), help="default: runs/demo, or runs/demo-short")
     parser.add_argument(
         "--short", action="store_true", help="every stage in about a minute, to see that all of it runs"
     )

@@ -14,11 +14,15 @@ from mixar.errors import SettingError, UserError, did_you_mean
 
 Settings = dict[str, Any]  # fields of `SampleConfig`, and `preset`
 
+MOST = 10**7  # images of one set: their labels and seeds are lists in memory
 GRID = ["steps=4,8,16", "diffusion_steps=4,8,25", "prior_steps=4,8,16"]  # what --grid tries by default
 
 
 def _interval(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--cfg-interval {text} is not two shares of the steps: write --cfg-interval 0.25,1") from None
 
 
 FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
@@ -86,8 +90,8 @@ def request(args: argparse.Namespace, count: int | None = None) -> dict[str, Any
     Raises:
         UserError: a flag whose value no model could follow.
     """
-    if args.count is not None and args.count < 1:
-        raise UserError(f"--count {args.count} samples nothing: write --count 1 or more")
+    if args.count is not None and not 1 <= args.count <= MOST:
+        raise UserError(f"--count {args.count} is out of range: write a value from 1 to {MOST}")
     settings = {name: getattr(args, name) for name in ("preset", *FLAGS) if getattr(args, name) is not None}
     with spelling(as_flag):
         _check(settings)

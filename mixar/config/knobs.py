@@ -20,7 +20,7 @@ ATTENTIONS = ("auto", "math", "efficient", "flash", "cudnn", "fa2", "fa3", "fa4"
 RECOMPUTE = ("none", "backbone", "head", "all")
 
 # beyond any network that could be trained, and small enough that a plan of it can be computed
-_SIDE, _WIDTH, _DEPTH, _CLASSES = 2**14, 2**16, 2**10, 2**24
+_SIDE, _WIDTH, _DEPTH, MOST_CLASSES = 2**14, 2**16, 2**10, 2**24
 _IMAGES, _EPOCHS = 10**12, 10**6
 LEVELS = 15  # of a codec at most, which halve the largest image to one position
 
@@ -52,7 +52,7 @@ class DataConfig:
     shards: str = "data/shards"  # local folder or any URL that streaming takes
     cache: str | None = None  # local folder for remote shards
     image_size: int = _number(256, 1, _SIDE)  # side in pixels after the ADM centre crop
-    classes: int = _number(1000, 1, _CLASSES)  # how many classes there are; labels go from 0 to one less
+    classes: int = _number(1000, 1, MOST_CLASSES)  # how many classes there are; labels go from 0 to one less
     count: int | None = _number(None, 1, _IMAGES)  # images, to plan without shards; the manifest's count wins
     held_out: int = _number(0, 0, _IMAGES)  # images kept from training to score on, each class by its share
     flip: bool = True  # each image is seen flipped half of the time

@@ -15,7 +15,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from mixar.config import PRESETS, SampleConfig, to_dict
+from mixar.config import MOST_CLASSES, PRESETS, SampleConfig, to_dict
 from mixar.data.npz import write_npz
 from mixar.errors import UserError
 from mixar.files import check_writable, replacing, sync, write_json
@@ -213,13 +213,16 @@ def parse_labels(text: str) -> list[int]:
     """The class indices in a text such as `3,7,7` or `0-9`.
 
     Raises:
-        UserError: a text that is neither.
+        UserError: a text that is neither, or classes beyond those that any model has.
     """
     try:
         ends = [part.partition("-") for part in text.split(",")]
-        labels = [label for first, _, last in ends for label in range(int(first), int(last or first) + 1)]
+        ranges = [range(int(first), int(last or first) + 1) for first, _, last in ends]
     except ValueError:
-        labels = []
+        ranges = []
+    if any(labels and labels[-1] >= MOST_CLASSES for labels in ranges):  # before memory is spent on them
+        raise UserError(f"--labels {text} goes beyond {MOST_CLASSES - 1}, the last class that a model can have")
+    labels = [label for labels in ranges for label in labels]
     if not labels:
         raise UserError(f"--labels {text} names no classes: write such as --labels 3,7,7 or --labels 0-9")
     return labels
