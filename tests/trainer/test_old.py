@@ -18,5 +18,5 @@ def test_an_old_run_resumes(home, tmp_path: Path) -> None:
     train(load_config(home / "config.yaml", now))
     log = (run / "log.txt").read_text()
     assert "000000000032: step 2, 32 images" in log and "vae.attention" not in log, "the same geometry"
-    assert records(run)[: len(before)] == before and records(run)[-1]["step"] == 4
+    assert records(run)[: len(before)] == before and records(run)[-1]["step"] == 5
     assert is_export(run / "exports" / "80-ema")
