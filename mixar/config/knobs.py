@@ -8,10 +8,12 @@ from typing import Any
 
 from omegaconf import II, MISSING
 
+from mixar.config.respacing import RESPACINGS
+
 TOKENIZERS = ("maskbit", "vq")
 TASKS = ("vae", "tokenizer", "prior", "mixar")
 GUIDANCES = ("none", "dc_mix", "dc_sa", "dc_ca")
-PROCESSES = ("ddpm", "flow")
+PROCESSES = tuple(RESPACINGS)
 PRECISIONS = ("fp32", "bf16")
 SOLVERS = ("ddpm", "dpm")
 ORDERS = ("random", "checkerboard")

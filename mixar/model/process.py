@@ -1,7 +1,7 @@
 """The contract of the head's process, between clean tokens and noise, and the solvers that run it backwards.
 
 `mixar.model.diffusion` is the paper's (DDPM), `mixar.model.flow` flow matching. Another is a class like these, its line
-in `PROCESSES` of `mixar.model.mixar`, and its name with its respacing in `mixar.config.respacing`.
+in `PROCESSES` of `mixar.model.mixar`, and its respacing in `mixar.config.respacing`.
 """
 
 from abc import ABC, abstractmethod
