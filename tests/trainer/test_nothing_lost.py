@@ -202,7 +202,7 @@ def test_codecs_that_did_not_make_the_shards_are_refused(home, tmp_path) -> None
 
 def test_a_prior_of_other_tokens_is_refused(home, tmp_path) -> None:
     prior = other(home, tmp_path, "prior", bits=4)
-    with pytest.raises(UserError, match="has 4 bits per token, the config 6"):
+    with pytest.raises(UserError, match="has 4 bits per token, but the config has 6"):
         train(config(home, tmp_path / "run", f"prior.weights={prior}"))
     section = load_config(home / "config.yaml").prior
     write_export(tmp_path / "stranger", "prior", to_dict(section), Prior(section).state_dict(), tokenizer="0" * 16)
