@@ -147,7 +147,7 @@ def test_a_disk_that_is_full_at_the_start_loses_nothing(home, done, small_disk) 
     files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "log.txt"}
     with pytest.raises(OSError, match="No space"), (small_disk / "filler").open("wb") as filler:
         filler.write(bytes(8 << 20))
-    with pytest.raises(UserError, match=r"No space left on device.*make room"):
+    with pytest.raises(UserError, match=r"No space left on device.*free space"):
         train(config(home, run, "train.epochs=4"))
     assert all(path.read_bytes() == content for path, content in files.items())
     (small_disk / "filler").unlink()
