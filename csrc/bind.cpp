@@ -1,6 +1,6 @@
-// The kernels as implementations of torch.ops.mixar.*, for the CPU or, with MIXAR_CUDA, for CUDA. The operators' schemas,
-// fakes and gradients are in Python (mixar/ops). Only torch's stable ABI is used, so that a library also works with later
-// releases of torch.
+// The kernels as implementations of torch.ops.mixar.*, for the CPU or, with MIXAR_CUDA, for CUDA. The operators'
+// schemas, fakes and gradients are in Python (mixar/ops). Only torch's stable ABI is used, so that a library also works
+// with later releases of torch.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -59,7 +59,7 @@ struct Held {
   static Tensor contiguous(const Tensor& x) { return torch::stable::contiguous(x); }
   static Maybe contiguous(const Maybe& x) { return x ? Maybe(contiguous(*x)) : x; }
 
-  // Raises if a slot is not below `tokens`, or an id not below `entries` of a table; the CUDA kernel asserts the same.
+  // Raises if a slot is not below `tokens`, or an id not below a table's `entries`; the CUDA kernel asserts that.
   mixar::Places places(int64_t tokens, int64_t entries) const {
     const int64_t length = slots.size(1);
     const mixar::Places places{

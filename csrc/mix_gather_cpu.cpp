@@ -13,8 +13,8 @@ template <typename E, typename P> void add_row(const E* row, const P* positions,
   for (int64_t d = 0; d < width; ++d) store(out[d], load(row[d]) + load(positions[d]));
 }
 
-// The embeddings at masked positions. A quarter of the bits has so few combinations of signs that Σ ±W_k is computed once
-// for each of them. The embedding of a token is then the sum of four of these rows.
+// The embeddings at masked positions. A quarter of the bits has so few combinations of signs that Σ ±W_k is computed
+// once for each of them. The embedding of a token is then the sum of four of these rows.
 template <typename P> class Filling {
   using A = sum_t<P>;
 
@@ -76,8 +76,8 @@ template <typename E, typename P> void forward(const MixGather& m, const Paralle
   });
 }
 
-// The gradient of a map [n + 1, D], from four masked rows at a time. For any bits, a row of the map gets one of the eight
-// sums ±a ±b ±c + e of the four gradients, or its negative: they are computed once, and each bit adds one of them.
+// The gradient of a map [n + 1, D], from four masked rows at a time. For any bits, a row of the map gets one of the
+// eight sums ±a ±b ±c + e of the four gradients, or its negative: they are computed once, and each bit adds one.
 template <typename P> class MapGradient {
   using A = sum_t<P>;
 

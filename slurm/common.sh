@@ -6,9 +6,9 @@ source slurm/site.sh
 # Run a command with one task per GPU, or --ntasks-per-node, on every node; then end the job or requeue it.
 #
 # This depends on the word that the command writes to the file MIXAR_OUTCOME. The exit status is not sufficient, since
-# srun returns that of the tasks it killed. `done` and `refused`, for a mistake of the user, end the job. `stopped`, after
-# a signal, and a failure without a word requeue it, and the same command resumes. `failed IMAGES`, after an unexpected
-# error, also does, until it occurs three times without a new checkpoint.
+# srun returns that of the tasks it killed. `done` and `refused`, for a mistake of the user, end the job. `stopped`,
+# after a signal, and a failure without a word requeue it, and the same command resumes. So does `failed IMAGES`, after
+# an unexpected error, until it occurs three times without a new checkpoint.
 run() {
   local tasks=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}} restarts=${SLURM_RESTART_COUNT:-0} status=0 word
   local cpus=$((SLURM_CPUS_ON_NODE / tasks))
@@ -25,7 +25,7 @@ run() {
     done:* | :0) rm -f "$MIXAR_OUTCOME.failures" && exit 0 ;;
     failed*)
       echo "$word" >>"$MIXAR_OUTCOME.failures"
-      (($(grep -cx "$word" "$MIXAR_OUTCOME.failures") < 3)) || give_up 1 "it fails each time, for the reason in the message above"
+      (($(grep -cx "$word" "$MIXAR_OUTCOME.failures") < 3)) || give_up 1 "it fails each time, see the message above"
       ;;
     refused:* | :2) give_up 2 "the message above says what to change" ;;
   esac
