@@ -54,7 +54,7 @@ class DataConfig:
     image_size: int = _number(256, 1, _SIDE)  # side in pixels after the ADM centre crop
     classes: int = _number(1000, 1, _CLASSES)  # number of classes; labels are 0 to classes - 1
     count: int | None = _number(None, 1, _IMAGES)  # images, to plan without shards; the manifest's count has priority
-    held_out: int = _number(0, 0, _IMAGES)  # images kept from training for scores, in equal shares of all classes
+    held_out: int = _number(0, 0, _IMAGES)  # images kept from training for scores, in proportion per class
     flip: bool = True  # flip each image with probability 1/2
     workers: int = _number(4, 0, 1024)  # loader processes per rank
     max_broken: float = _number(0.01, 0, 0.99)  # share of unreadable images above which `prepare` stops

@@ -47,7 +47,7 @@ class Flow(Process):
             return x0, {"mean": x0, "pred_xstart": x0}
         assert noise is not None
         (alpha_to, alpha), (sigma_to, sigma) = self.alpha[step - 1 : step + 1], self.sigma[step - 1 : step + 1]
-        forward = alpha / alpha_to  # α of the forward step from x_{k-1} to x_k, as is its variance
+        forward = alpha / alpha_to  # α of the forward step from x_{k-1} to x_k, whose variance follows
         variance = sigma**2 - (forward * sigma_to) ** 2
         mean = float(forward * sigma_to**2 / sigma**2) * x + float(alpha_to * variance / sigma**2) * x0
         deviation = float(math.sqrt(variance) * sigma_to / sigma)
