@@ -1,4 +1,4 @@
-# `make demo` and `make test` work as the first command after a clone: what they need is installed into .venv.
+# `make demo` and `make test` work as the first command after a clone: their requirements are installed into .venv.
 PYTHON ?= python3
 READY := .venv/installed
 
@@ -13,13 +13,13 @@ demo-short: $(READY)    ## every stage of the demo in about a minute
 test: $(READY)          ## all tests
 	.venv/bin/python -m pytest
 
-test-fast: $(READY)     ## the tests that need no minutes, in under three
+test-fast: $(READY)     ## all tests but the slow ones, in under three minutes
 	.venv/bin/python -m pytest -m 'not slow'
 
 bench: $(READY)         ## time the step, sampling and the operators against the reference
 	.venv/bin/python benchmarks/bench.py
 
-lint: $(READY)          ## what a change must pass before its tests
+lint: $(READY)          ## the checks of a change before its tests
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
@@ -31,10 +31,10 @@ format: $(READY)        ## format the code, and fix what the linter can
 docs: $(READY)          ## build the site into build/site; a broken link or an unlisted page is an error
 	.venv/bin/mkdocs build --strict
 
-help:                   ## these targets
+help:                   ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
-# the stamp comes last: without it an installation was cut short, which pip cannot repair, so it starts from nothing
+# the stamp is written last: without it an installation is incomplete, which pip cannot repair, so it starts again
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo 'Python 3.11 or newer with its venv module is needed: sudo apt-get install python3 python3-venv,' \

@@ -1,9 +1,9 @@
-"""`make bench`: each row is a ratio of two things timed in turn in this process, so that the machine cancels out.
+"""`make bench`: each row is a ratio of two times, measured in turn in this process, so that the machine cancels out.
 
-Width 384, 6+6 blocks, head 3 x 512, token dim 32, 256 positions, batch 8, dropout 0.1; `reference` is the algorithm as
-benchmarks/reference.py writes it down. Operators are held against the composition of torch's own, at their sizes in
-training; their rows end with the bytes that each allocates at once, over those of the output. On a GPU, the paper's
-models follow, with images/s and the share of the card's FLOP/s that the model's own FLOP come to. Writes bench.json.
+Width 384, 6+6 blocks, head 3 x 512, token dim 32, 256 positions, batch 8, dropout 0.1; `reference` is the algorithm of
+benchmarks/reference.py. Operators are compared with compositions of torch's own, at their sizes in training; their rows
+end with the peak of allocated bytes relative to the output. On a GPU the paper's models follow, with images/s and the
+model FLOP/s utilisation (MFU). Writes bench.json.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def config_of(guidance: str) -> ModelConfig:
 
 
 class FixedData:
-    """MixAR on data that never change, all draws included."""
+    """MixAR on fixed data, including all random numbers."""
 
     def __init__(self, cfg: ModelConfig, images: int, device: torch.device) -> None:
         self.cfg, self.index = cfg, torch.arange(images, device=device)
@@ -122,7 +122,7 @@ def reference_step() -> Work:
 
 
 def reference_sampling(steps: int, diffusion_steps: int) -> Work:
-    """Tokens of a batch by the reference, with guidance, in float32."""
+    """Sampling of a batch of tokens by the reference, with guidance, in float32."""
     model, labels = reference_model().eval(), torch.arange(BATCH, device=find().device)
     return lambda: model.sample(labels, steps, diffusion_steps, 3.0)[0, 0, 0].item()
 
@@ -130,7 +130,7 @@ def reference_sampling(steps: int, diffusion_steps: int) -> Work:
 def sampling(
     settings: SampleConfig, precision: str, compiled: bool = False, guidance: str = "none", images: int = BATCH
 ) -> Work:
-    """Continuous tokens of a batch, under a guidance by discrete tokens after those."""
+    """Sampling of a batch of continuous tokens, after the discrete ones if there is a guidance."""
     device = find().device
     with torch.device(device):
         model, prior = MixAR(config_of(guidance)).eval(), None
@@ -138,7 +138,7 @@ def sampling(
             sizes = {"width": WIDTH, "depth": BLOCKS, "heads": HEADS, "mlp_width": 4 * WIDTH}
             prior = Prior(PriorConfig(**sizes, bits=14, grid=16, classes=1000)).eval()
     init_weights(model, 0)
-    reorder_linears(torch.nn.ModuleList([model] if prior is None else [model, prior]))  # as the pipeline does
+    reorder_linears(torch.nn.ModuleList([model] if prior is None else [model, prior]))  # as in the pipeline
     seeds, run = torch.arange(images, device=device), compiled_predict(device) if compiled else predict
 
     def work() -> float:
@@ -152,7 +152,7 @@ def sampling(
 
 
 def loading(folder: str) -> Work:
-    """The next batch of a loader over shards of the model's sizes."""
+    """The next batch of a loader over shards with the model's sizes."""
     columns = {"moments": f"ndarray:float16:2,{2 * C},16,16", "codes": f"ndarray:uint16:2,{N}"}
     columns |= {"label": "int", "key": "str"}
     source = np.random.default_rng(0)
@@ -166,7 +166,7 @@ def loading(folder: str) -> Work:
 
 
 def head_pass(rows: int) -> Work:
-    """Forward and backward of the head on so many rows."""
+    """Forward and backward pass of the head on `rows` rows."""
     model = MixAR(config_of("none"))
     init_weights(model, 0)
     model.to(find().device)
@@ -183,7 +183,7 @@ def head_pass(rows: int) -> Work:
 
 
 def mix_gather_passes(batch: int, width: int) -> dict[str, tuple[Work, Work]]:
-    """Forward and backward of mix_gather under TI-Mix, compiled and composed of torch's operators."""
+    """Forward and backward pass of mix_gather with TI-Mix, compiled and composed of torch's operators."""
     place, prefix = find().device, 64
     index = torch.arange(batch, device=place)
     counts = masked_counts(MaskConfig(group=batch), N, 0, range(batch), batch)
@@ -214,13 +214,13 @@ def timestep_passes(rows: int) -> tuple[Work, Work]:
 
 
 def peak(work: Work) -> int:
-    """The most bytes that `work` holds at once beyond what was there."""
+    """The peak of bytes that `work` allocates in addition to those before."""
     if find().device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler tells its stages between the rows
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler prints its stages between the rows
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
@@ -229,7 +229,7 @@ def peak(work: Work) -> int:
 
 
 def operator_rows(rounds: int) -> list[dict]:
-    """Time and peak memory of each compiled operator over its composition; peaks also over the output's size."""
+    """Time and peak memory of each compiled operator relative to its composition; peaks also relative to the output."""
     rows = []
     for batch, width in ((32, 1024), (BATCH, WIDTH)):
         output = 4 * batch * (64 + N) * width
@@ -246,7 +246,7 @@ def operator_rows(rounds: int) -> list[dict]:
 
 
 def model_rows(rounds: int) -> list[dict]:
-    """The paper's models on this GPU: images/s and the share of its FLOP/s in bf16, one step after the other."""
+    """The paper's models on this GPU: images/s of consecutive steps, and MFU in bf16."""
     device = find().device
     if device.type != "cuda":
         return []
@@ -276,7 +276,7 @@ def ratio(name: str, numerator: Work, denominator: Work, rounds: int, times: tup
     """Time of `numerator` over time of `denominator`, timed in turn; the median and the range over the rounds.
 
     Args:
-        times: how often each runs in a round, to count by its mean.
+        times: runs of each per round, of which the mean counts.
     """
     numerator(), denominator()
     found = []
@@ -295,7 +295,7 @@ def ratio(name: str, numerator: Work, denominator: Work, rounds: int, times: tup
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7, help="of each row; sampling, which takes long, has at most 3")
+    parser.add_argument("--rounds", type=int, default=7, help="per row; sampling, which takes long, has at most 3")
     parser.add_argument("--out", type=Path, default=Path("bench.json"))
     args = parser.parse_args()
     rounds, few = args.rounds, min(args.rounds, 3)

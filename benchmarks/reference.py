@@ -1,8 +1,8 @@
-"""MAR's algorithm written down plainly, with the habits of its public code, to time ours against.
+"""A plain implementation of MAR's algorithm, with the habits of its public code, as the reference of benchmarks.
 
-Parameters have the names of the public weights. What makes it slow is kept on purpose: one ratio a batch, orders in
-a Python loop, the head on every row, embeddings of time and condition again for every row and diffusion step, tables
-that go to the device value by value, an EMA tensor by tensor, and the loss read in every step.
+Parameters have the names of the public weights. Its slow parts are kept on purpose: one mask ratio per batch, orders in
+a Python loop, the head on every row, embeddings of time and condition recomputed for every row and diffusion step,
+tables copied to the device value by value, an EMA tensor by tensor, and the loss read in every step.
 """
 
 import copy
@@ -120,7 +120,7 @@ def betas() -> np.ndarray:
 
 
 class Diffusion:
-    """The process on the kept steps `use`, its tables in numpy."""
+    """The process on the kept steps `use`, with tables in numpy."""
 
     def __init__(self, use: Sequence[int]) -> None:
         bar, last, kept = np.cumprod(1 - betas()), 1.0, []
@@ -141,14 +141,14 @@ class Diffusion:
         return torch.from_numpy(table).to(t.device)[t].float()[:, None]
 
     def posterior(self, out: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance of the model, which gave `out`."""
+        """Mean and log variance from the model's output `out`."""
         eps, v = out.chunk(2, dim=1)
         low, high, fraction = self.take(self.log_variance, t), self.take(self.log_beta, t), (v + 1) / 2
         x0 = self.take(np.sqrt(1 / self.bar), t) * x - self.take(np.sqrt(1 / self.bar - 1), t) * eps
         return self.take(self.coef1, t) * x0 + self.take(self.coef2, t) * x, fraction * high + (1 - fraction) * low
 
     def losses(self, head: Head, x0: Tensor, t: Tensor, c: Tensor, noise: Tensor) -> Tensor:
-        """MSE of ε plus the variational term in bits a dimension: [R]."""
+        """MSE of ε plus the variational term in bits per dimension: [R]."""
         x = self.take(np.sqrt(self.bar), t) * x0 + self.take(np.sqrt(1 - self.bar), t) * noise
         out = head(x, t, c)
         eps, v = out.chunk(2, dim=1)
@@ -169,7 +169,7 @@ class Diffusion:
         return ((noise - eps) ** 2).mean(1) + vb
 
     def sample(self, head: Head, c: Tensor, x: Tensor, scale: float, noises: Sequence[Tensor] | None) -> Tensor:
-        """Ancestral sampling of both halves from x [2R, C], or of x [R, C] where the scale is 1."""
+        """Ancestral sampling of both halves from x [2R, C], or of x [R, C] if the scale is 1."""
         for done, step in enumerate(range(len(self.map))[::-1]):
             t = torch.tensor([step] * len(x), device=x.device)
             original = torch.tensor(self.map, device=x.device)[t]

@@ -1,5 +1,6 @@
-// The kernels as implementations of torch.ops.mixar.*, for the CPU or, with MIXAR_CUDA, for CUDA. The operators' schemas,
-// fakes and gradients are Python's (mixar/ops). Only torch's stable ABI is used, so a library outlives a torch release.
+// The kernels as implementations of torch.ops.mixar.*, for the CPU or, with MIXAR_CUDA, for CUDA. The operators'
+// schemas, fakes and gradients are in Python (mixar/ops). Only torch's stable ABI is used, so that a library also works
+// with later releases of torch.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -47,7 +48,7 @@ mixar::Type type_of(ScalarType type) {
   return type == ScalarType::Float ? mixar::Type::float32 : mixar::Type::float64;
 }
 
-// The tensors of a batch's Places, contiguous and kept alive.
+// The tensors of a batch's Places, made contiguous and kept alive.
 struct Held {
   Tensor slots;
   Maybe codes, drawn, rho, share;
@@ -58,7 +59,7 @@ struct Held {
   static Tensor contiguous(const Tensor& x) { return torch::stable::contiguous(x); }
   static Maybe contiguous(const Maybe& x) { return x ? Maybe(contiguous(*x)) : x; }
 
-  // Raises where a slot is no row of `tokens`, or an id none of a table of `entries`; CUDA asserts it in the kernel.
+  // Raises if a slot is not below `tokens`, or an id not below a table's `entries`; the CUDA kernel asserts that.
   mixar::Places places(int64_t tokens, int64_t entries) const {
     const int64_t length = slots.size(1);
     const mixar::Places places{

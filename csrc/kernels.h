@@ -1,4 +1,4 @@
-// What the CPU and the CUDA files offer to bind.cpp. Each returns false where it has no kernel for the types.
+// The functions of the CPU and the CUDA files for bind.cpp. Each returns false if it has no kernel for the types.
 #pragma once
 
 #include "mix_gather.h"
@@ -12,7 +12,7 @@ bool timestep_embed_cpu(const TimestepEmbed& m, Type type, const Parallel& paral
 
 }  // namespace mixar
 
-// On the CUDA stream `stream`: 0, or the error of the launch; -1 without a kernel for the types.
+// Launches on the CUDA stream `stream` return 0, or the error of the launch; -1 without a kernel for the types.
 extern "C" {
 int mixar_mix_gather_cuda(const mixar::MixGather* m, mixar::Type gathered, mixar::Type rest, void* stream);
 int mixar_mix_gather_backward_cuda(

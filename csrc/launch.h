@@ -1,4 +1,4 @@
-// What the CUDA files share. MIXAR_LAUNCH stands in place of <<<>>>, which no other compiler reads.
+// Shared by the CUDA files. MIXAR_LAUNCH replaces <<<>>>, which other compilers cannot parse.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,7 +18,7 @@ constexpr int kWarp = 32;
 #ifdef MIXAR_MAX_BLOCKS
 constexpr int64_t kMaxBlocks = MIXAR_MAX_BLOCKS;
 #else
-constexpr int64_t kMaxBlocks = 32768;  // below what a grid's y may be; kernels stride over the rest
+constexpr int64_t kMaxBlocks = 32768;  // below the limit of a grid's y; kernels stride over the rest
 #endif
 
 inline unsigned blocks(int64_t count, int64_t each) {

@@ -1,7 +1,7 @@
-// DC-Mix and TI-Mix (Eqs. 9 and 12) straight to the decoder's input: the arithmetic of one position.
+// DC-Mix and TI-Mix (Eqs. 9 and 12) in one pass to the decoder's input: the arithmetic of one position.
 //
-// out[b, p] = positions[p] + (encoded[slot] where a token was seen, else the filling of the discrete token there)
-// The filling is bias + Σ_k s_k W_k over the token's bits s in {-1, +1}, or a row of a table.
+// out[b, p] = positions[p] + (encoded[slot] at a visible position, else the embedding of the discrete token)
+// The embedding is bias + Σ_k s_k W_k over the token's bits s in {-1, +1}, or a row of a table.
 #pragma once
 
 #include "types.h"
@@ -10,22 +10,22 @@ namespace mixar {
 
 constexpr int kMaxBits = 24;
 
-// Where the positions of a batch take their tokens from.
+// The source of the token at each position of a batch.
 struct Places {
-  int64_t images, length, prefix;  // B, P, and the P - N positions before those that have codes
+  int64_t images, length, prefix;  // B, P, and P - N, the number of positions without codes, which come first
   const int64_t* slots;            // [B, P] rows of the packed encoder output, negative where masked
   const int64_t* codes;            // [B, N] x_d, negative where dropped; null: there are no codes
-  const int64_t* drawn;            // [B, N] the prior's tokens; null: without TI-Mix, as the two below
+  const int64_t* drawn;            // [B, N] the prior's tokens; null without TI-Mix, as are the two below
   const float* rho;                // [B, N]
   const float* share;              // [1] λ
 };
 
 struct MixGather {
   Places places;
-  int64_t width, tokens, bits, entries;  // D, T, n, K; bits < 0 says that `weight` is a table
+  int64_t width, tokens, bits, entries;  // D, T, n, K; `weight` is a table if bits < 0
   const void* encoded;                   // [T, D]
   const void* weight;                    // [D, n], or the table [K, D]
-  const void* bias;                      // [D], with bits only
+  const void* bias;                      // [D], only with bits
   const void* positions;                 // [P, D]
   void* out;                             // [B, P, D]
 };
@@ -35,7 +35,7 @@ struct MixGatherBackward {
   int64_t width, tokens, bits, groups;
   const void* grad;   // [B, P, D]
   void* d_encoded;    // [T, D]
-  void* d_positions;  // [P, D], in the type of sums
+  void* d_positions;  // [P, D], in the type of accumulators
   void* d_map;        // [groups, n + 1, D], likewise: weight and bias, summed over the positions i = group mod groups
 };
 
@@ -43,7 +43,7 @@ struct Source {
   int64_t slot, id;
 };
 
-// What stands at place `at` of the flattened [B, P]: the slot of a seen token, else the mixed id (Eq. 12).
+// The source at index `at` of the flattened [B, P]: the slot of a visible token, else the mixed id (Eq. 12).
 MIXAR_FN Source source_at(const Places& places, int64_t at) {
   const int64_t slot = places.slots[at], position = at % places.length - places.prefix;
   if (slot >= 0 || position < 0 || places.codes == nullptr) return {slot, -1};

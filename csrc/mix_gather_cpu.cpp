@@ -7,14 +7,14 @@
 namespace mixar {
 namespace {
 
-constexpr int64_t kTile = 64;  // channels summed in registers at a time
+constexpr int64_t kTile = 64;  // channels that are summed in registers at a time
 
 template <typename E, typename P> void add_row(const E* row, const P* positions, P* __restrict out, int64_t width) {
   for (int64_t d = 0; d < width; ++d) store(out[d], load(row[d]) + load(positions[d]));
 }
 
-// What masked positions get. A quarter of the bits has so few choices of signs that Σ ±W_k is made for each of them once:
-// a token then adds four of these rows, whatever its bits are.
+// The embeddings at masked positions. A quarter of the bits has so few combinations of signs that Σ ±W_k is computed
+// once for each of them. The embedding of a token is then the sum of four of these rows.
 template <typename P> class Filling {
   using A = sum_t<P>;
 
@@ -36,7 +36,7 @@ template <typename P> class Filling {
     }
   }
 
-  // out = positions + bias + Σ_k s_k W_k; of a dropped token, positions + bias
+  // out = positions + bias + Σ_k s_k W_k; for a dropped token, positions + bias
   void add(int64_t id, const P* positions, P* __restrict out) const {
     if (id < 0) return add_row(bias_.data(), positions, out, width_);
     const A *a = row(id, 0), *b = row(id, 1), *c = row(id, 2), *e = row(id, 3), *bias = bias_.data();
@@ -76,8 +76,8 @@ template <typename E, typename P> void forward(const MixGather& m, const Paralle
   });
 }
 
-// The gradient of a map [n + 1, D], four masked rows at a time. Whatever the bits, a row of the map gets one of the
-// eight sums ±a ±b ±c + e of the four gradients, or its negative: these are made once, and each bit adds one of them.
+// The gradient of a map [n + 1, D], from four masked rows at a time. For any bits, a row of the map gets one of the
+// eight sums ±a ±b ±c + e of the four gradients, or its negative: they are computed once, and each bit adds one.
 template <typename P> class MapGradient {
   using A = sum_t<P>;
 
@@ -87,7 +87,7 @@ template <typename P> class MapGradient {
   }
 
   void add(const P* grad, int64_t id) {
-    if (id < 0) {  // a dropped token has a bias alone
+    if (id < 0) {  // a dropped token contributes only to the bias
       for (int64_t d = 0; d < width_; ++d) map_[bits_ * width_ + d] += load(grad[d]);
       return;
     }

@@ -1,5 +1,5 @@
-// mix_gather on CUDA. A thread owns channels, neighbours in a warp neighbouring ones. The lanes of a warp look up the
-// sources of 32 positions at once, one each, and then hand them around.
+// mix_gather on CUDA. Each thread computes some channels, and neighbouring threads of a warp neighbouring channels. The
+// lanes of a warp look up the sources of 32 positions at once, one per lane, and then share them by shuffles.
 #include <cassert>
 
 #include "launch.h"
@@ -7,8 +7,8 @@
 namespace mixar {
 namespace {
 
-constexpr int kColumns = 128;  // channels of a block in the forward pass
-constexpr int kWarps = 8;      // images that a block of the backward pass works on at once
+constexpr int kColumns = 128;  // channels per block in the forward pass
+constexpr int kWarps = 8;      // images that a block of the backward pass processes at once
 
 __device__ Source from_lane(Source mine, int lane) {
   return {__shfl_sync(kAllLanes, mine.slot, lane), __shfl_sync(kAllLanes, mine.id, lane)};
@@ -53,7 +53,7 @@ template <typename E, typename P> __global__ void __launch_bounds__(kColumns) fo
   }
 }
 
-// The sum of a value over the warps of a block, in their order, for each lane.
+// The sum of a value over the warps of a block, in a fixed order, for each lane.
 template <typename A> __device__ A over_warps(A (&values)[kWarps][kWarp], A mine) {
   values[threadIdx.y][threadIdx.x] = mine;
   __syncthreads();
@@ -63,7 +63,7 @@ template <typename A> __device__ A over_warps(A (&values)[kWarps][kWarp], A mine
   return sum;
 }
 
-// A block works on 32 channels of the positions of one group; its warps share the images of a position.
+// A block processes 32 channels of the positions of one group; its warps divide the images of a position.
 template <typename E, typename P> __global__ void __launch_bounds__(kWarp* kWarps) backward(MixGatherBackward m) {
   using A = sum_t<P>;
   __shared__ A values[kWarps][kWarp];

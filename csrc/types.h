@@ -19,7 +19,7 @@ struct bfloat16 {
   uint16_t bits;
 };
 
-// The type that sums are held in.
+// The type of accumulators.
 template <typename T> struct Sum { using type = float; };
 template <> struct Sum<double> { using type = double; };
 template <typename T> using sum_t = typename Sum<T>::type;
@@ -38,11 +38,11 @@ MIXAR_FN void store(double& to, double x) { to = x; }
 MIXAR_FN void store(bfloat16& to, float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
-  // to the nearest, ties to even; a NaN stays one, though the rounding would carry its mantissa away
+  // to the nearest, ties to even; a NaN stays a NaN, though rounding could clear its mantissa
   to.bits = uint16_t(x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// Calls f with a value of each type: of what is gathered, and of parameters and output.
+// Calls f with a value of each of two types: of gathered values, and of parameters and output.
 template <typename F> bool dispatch(Type gathered, Type rest, F f) {
   if (gathered == Type::float32 && rest == Type::float32) return f(float{}, float{}), true;
   if (gathered == Type::bfloat16 && rest == Type::float32) return f(bfloat16{}, float{}), true;
@@ -51,7 +51,7 @@ template <typename F> bool dispatch(Type gathered, Type rest, F f) {
   return false;
 }
 
-// Runs body(begin, end) over parts of 0..count, in threads where it can.
+// Runs body(begin, end) over parts of 0..count, in threads if possible.
 using Body = std::function<void(int64_t begin, int64_t end)>;
 using Parallel = std::function<void(int64_t count, const Body& body)>;
 

@@ -1,4 +1,4 @@
-"""Pages that are made as the site is built: every key of the config, the API reference, the files at the top."""
+"""Pages that are generated when the site is built: keys of the config, API reference, files at the top."""
 
 import ast
 import io
@@ -16,11 +16,11 @@ from mixar.config.knobs import Config
 ROOT = Path(__file__).parents[1]
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
 FILES = ("LICENSE", "NOTICE", "CITATION.cff")
-KEYS = "<!-- keys -->"  # where docs/configuration.md gets them
+KEYS = "<!-- keys -->"  # replaced by the keys in docs/configuration.md
 
 
 def on_config(config: Any) -> None:
-    """mkdocs: list the pages of reference below its entry in the navigation."""
+    """mkdocs: add the reference's pages to its entry in the navigation."""
     entry: dict[str, Any] = next(entry for entry in config.nav if "API reference" in entry)
     entry["API reference"] = [*reference()]
 
@@ -38,12 +38,12 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """mkdocs: put in the keys, and turn links that hold in the repository into those that hold in the site."""
+    """mkdocs: insert the keys, and convert links of the repository to those of the site."""
     return markdown.replace("](docs/", "](").replace("](../", "](").replace(KEYS, key_tables())
 
 
 def reference() -> dict[str, str]:
-    """Pages, by path, that ask mkdocstrings for every module of a room."""
+    """Pages by path, on which mkdocstrings documents every module of a room."""
     rooms: dict[str, list[Path]] = {}
     for path in sorted((ROOT / "mixar").rglob("*.py")):
         room = path.relative_to(ROOT / "mixar").parts[0].removesuffix(".py")
@@ -58,7 +58,7 @@ def reference() -> dict[str, str]:
 
 
 def module(path: Path, heading: bool = True) -> str:
-    """What asks mkdocstrings for a module, and for what it defines rather than imports."""
+    """The directive of mkdocstrings for a module, for the names that it defines, not those that it imports."""
     name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     defined = [
         node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef | ast.FunctionDef)
@@ -82,7 +82,7 @@ def key_tables() -> str:
 
 
 def table(prefix: str, section: Any) -> str:
-    """The keys of one section: name, default, what is allowed, and the comment beside or above the field."""
+    """The keys of one section: name, default, allowed values, and the comment beside or above the field."""
     notes = dict(comments(section))
     rows = [
         f"| `{prefix}{field.name}` | {default(field)} | {allowed(field)} | {notes.get(field.name, '')} |"
@@ -93,7 +93,7 @@ def table(prefix: str, section: Any) -> str:
 
 
 def default(field: Field[Any]) -> str:
-    """As it is typed, or the key that is followed."""
+    """A default as it is typed, or the key that it follows."""
     value = field.default_factory() if field.default_factory is not MISSING else field.default
     if isinstance(value, str) and value.startswith("${"):
         return f"that of `{value[2:-1]}`"
@@ -112,7 +112,7 @@ def allowed(field: Field[Any]) -> str:
 
 
 def comments(section: Any) -> Iterator[tuple[str, str]]:
-    """What stands beside each field of a dataclass in knobs.py, or in the lines above it."""
+    """The comment beside each field of a dataclass in knobs.py, or in the lines above it."""
     text = Path(knobs.__file__).read_text()
     notes = {
         token.start[0]: token.string.removeprefix("#").strip()

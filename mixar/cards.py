@@ -1,17 +1,17 @@
-"""What the makers say of their cards. Figures of the SXM form, dense, a card's share where a node is specified."""
+"""Specifications of GPUs by their makers: SXM form, dense FLOP/s, and a card's share of figures for a node."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Card:
-    """One GPU in a node of eight."""
+    """A GPU in a node of eight."""
 
-    memory: float  # bytes; nominal GB as 10^9, which leaves 5-9 % of the 2^30 ones for CUDA, NCCL and fragments
+    memory: float  # bytes; nominal GB as 10^9, which leaves 5-9 % of the memory for CUDA, NCCL and fragmentation
     bf16: float  # FLOP/s of the tensor cores
-    fp32: float  # FLOP/s outside of them, where torch computes float32
+    fp32: float  # FLOP/s of the other cores, on which torch computes float32
     nvlink: float  # bytes/s in one direction
-    network: float  # bytes/s in one direction, out of the node
+    network: float  # bytes/s in one direction, to other nodes
 
 
 GPUS_A_NODE = 8

@@ -1,4 +1,4 @@
-"""What a number was measured with, or a run trained: to be kept beside it."""
+"""The software and hardware of a measurement or a run, to be stored with its results."""
 
 import platform
 import socket
@@ -29,7 +29,7 @@ def environment() -> dict[str, Any]:
 
 
 def version(package: str) -> str | None:
-    """Of an installed package; None for one that is not there."""
+    """The version of an installed package; None if it is missing."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

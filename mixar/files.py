@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, on the disk before they have their name."""
+"""Files and folders that appear complete or not at all: they are on the disk before they get their name."""
 
 import errno
 import json
@@ -13,30 +13,30 @@ from typing import Any
 
 from mixar.errors import UserError
 
-LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what locking fails with on a file system without locks
-PART = ".part"  # ends the name of what is being written; after a kill, it may be left
+LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of locking on a file system without locks
+PART = ".part"  # suffix of files that are being written; they may be left after a kill
 
 
 def try_writing(folder: str | Path) -> Path:
-    """Write a file without a name in `folder`, or in its nearest parent that exists, and return which; leaves nothing.
+    """Try to write in `folder`, or in its nearest existing parent, and return that folder; leaves no file behind.
 
     Raises:
-        OSError: that place, its `filename`, is not a folder or cannot be written to.
+        OSError: the path in its `filename` is not a folder or is not writable.
     """
     place = Path(folder).absolute()
     nearest = next(path for path in (place, *place.parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=nearest):
             return nearest
-    except OSError as error:  # names the file that was tried
+    except OSError as error:  # it names the temporary file
         raise OSError(error.errno, error.strerror, str(nearest)) from None
 
 
 def check_writable(file: Path) -> None:
-    """Find out whether `file` can be written, before hours are spent on what goes into it. Leaves nothing behind.
+    """Check that `file` can be written, before hours are spent on its contents. Leaves nothing behind.
 
     Raises:
-        UserError: it cannot, or a folder has its name.
+        UserError: it cannot be written, or is a folder.
     """
     try:
         try_writing(file.parent)
@@ -49,12 +49,12 @@ def check_writable(file: Path) -> None:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """The name of a file to write beside `path`, which takes its place when the block ends without an error.
+    """The path of a temporary file beside `path`, which replaces it when the block ends without an error.
 
-    Of two processes that write one file, the later one's stays, whole.
+    If two processes write the same file, the complete file of the later one remains.
 
     Raises:
-        UserError: nothing can be written there, or the disk is full; what was there before is unchanged.
+        UserError: the place is not writable, or the disk is full; an existing file is unchanged.
     """
     target = Path(path)
     part = _aside(target)
@@ -76,10 +76,10 @@ def creating_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
     """An empty folder beside `path`, which gets that name when the block ends without an error.
 
     Args:
-        replace: a folder of that name is to make room; it does once the new one is whole.
+        replace: replace an existing folder, once the new one is complete.
 
     Raises:
-        UserError: `path` exists and is not to be replaced, nothing can be written there, or the disk is full.
+        UserError: `path` exists and is not to be replaced, the place is not writable, or the disk is full.
     """
     target = Path(path)
     if target.exists() and not replace:
@@ -97,7 +97,7 @@ def creating_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
 
 
 def put_in_place(part: Path, target: Path, old: Path) -> None:
-    """Bring the folder `part` to the disk and name it `target`; a folder that has that name becomes `old`. OSError."""
+    """Write the folder `part` to the disk and rename it to `target`, an existing one to `old`. Raises OSError."""
     sync(*(Path(folder, name) for folder, _, names in os.walk(part) for name in ["", *names]))
     if target.exists():
         target.rename(old)
@@ -106,18 +106,18 @@ def put_in_place(part: Path, target: Path, old: Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a file of UTF-8 text: the old content or the new, never half of it. UserError as `replacing`."""
+    """Write a file of UTF-8 text, which has the old or the new content at any time. Raises UserError as `replacing`."""
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as JSON in ASCII, which every locale reads. UserError as `replacing`."""
+    """Write `value` as JSON in ASCII, which every locale can read. Raises UserError as `replacing`."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def sync(*paths: Path) -> None:
-    """Bring files, and the names in folders, to the disk. OSError where that fails."""
+    """Write files, and the entries of folders, through to the disk. Raises OSError."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -127,16 +127,16 @@ def sync(*paths: Path) -> None:
 
 
 def _aside(target: Path) -> Path:
-    # ranks on other hosts may have this process id; the name's start is enough to tell what it was to become
+    # a rank on another host may have the same process id; the start of the name is enough to recognise the target
     return target.with_name(f".{target.name[:64]}.{uuid.uuid4().hex}{PART}")
 
 
 def _unwritable(target: Path, part: Path, error: OSError) -> Exception:
-    """What to raise for `error`: itself where it is of another file, which the block was reading."""
+    """The error to raise for `error`: itself if it is about another file, which the block was reading."""
     own = (None, *map(str, (part, target, *target.parents)))
     if error.filename not in own and not str(error.filename).startswith(f"{part}/"):
         return error
     return UserError(
-        f"cannot write {target} ({error.strerror}): make room there, or name a place that you may write to; "
-        "what was there is unchanged"
+        f"cannot write {target} ({error.strerror}): free space there, or name a place that you may write to; "
+        "existing files are unchanged"
     )

@@ -10,14 +10,14 @@ log = logging.getLogger("mixar")
 
 
 class _LogFile(logging.FileHandler):
-    """log.txt; on a full disk it misses lines, which the console has, and the run goes on."""
+    """log.txt; on a full disk it loses lines, which the console still shows, and the run continues."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass
 
 
 def start_log(file: Path, rank: int = 0) -> None:
-    """Send the `mixar` logger to the console and to `file`; of ranks but the first, only what is wrong."""
+    """Send the `mixar` logger to the console and to `file`; ranks other than the first log only warnings and errors."""
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     log.handlers.clear()
     log.propagate = False
@@ -30,7 +30,7 @@ def start_log(file: Path, rank: int = 0) -> None:
 
 
 def keep_in_log(error: BaseException) -> None:
-    """Write what ends the run into log.txt alone: the program that ends reports it on the console."""
+    """Write the error that ends the run to log.txt only, since the program reports it on the console."""
     message = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error)).rstrip()
     record = log.makeRecord(log.name, logging.ERROR, "", 0, f"ended by an error: {message}", (), None)
     for handler in log.handlers:

@@ -1,4 +1,4 @@
-"""The reports of a run: TensorBoard, metrics.jsonl with the same scalars, and one console line per interval."""
+"""The reports of a run: TensorBoard, metrics.jsonl with the same scalars, and a console line per interval."""
 
 import json
 import math
@@ -20,9 +20,9 @@ class Metrics:
     """Writes to `run_dir`/tb and `run_dir`/metrics.jsonl.
 
     Args:
-        step: the step a run resumes after. Lines past it are removed: the run writes them again.
-        images: those seen at that step.
-        total: images of the whole run, for the time left.
+        step: the step after which a run resumes. Later lines are removed, since the run writes them again.
+        images: number of images seen at that step.
+        total: number of images of the whole run, for the remaining time.
     """
 
     def __init__(self, run_dir: Path, step: int, images: int, total: int) -> None:
@@ -36,11 +36,11 @@ class Metrics:
         self._rate = 0.0
 
     def write(self, step: int, images: int, scalars: dict[str, float], wait: float) -> None:
-        """One interval: its mean scalars, and `wait`, the seconds in it spent waiting for data."""
+        """Report an interval: its mean scalars, and `wait`, its seconds of waiting for data."""
         now = time.monotonic()
         elapsed, seen = now - self._since[0], images - self._since[1]
         self._since = (now, images)
-        # the time left follows a smoothed rate, so that one slow interval does not double it
+        # the remaining time uses a smoothed rate, so that a slow interval does not double it
         rate = seen / max(elapsed, 1e-9)
         self._rate = rate if self._rate == 0 else 0.7 * self._rate + 0.3 * rate
         scalars = scalars | {"images_per_second": rate, "data_wait": wait / max(elapsed, 1e-9)}
@@ -58,11 +58,11 @@ class Metrics:
         )  # fmt: skip
 
     def leave_out(self, seconds: float) -> None:
-        """Take seconds that were not training (a preview, a checkpoint) out of the next interval's rate."""
+        """Exclude seconds that were not training (a preview, a checkpoint) from the next interval's rate."""
         self._since = (self._since[0] + seconds, self._since[1])
 
     def images(self, tag: str, images: Tensor, step: int) -> None:
-        """A grid of uint8 images [k, 3, H, W]."""
+        """Report a grid of uint8 images [k, 3, H, W]."""
         self.board.add_image(tag, make_grid(images, nrow=8, padding=1), step)
 
     def close(self) -> None:
@@ -70,7 +70,7 @@ class Metrics:
 
 
 class Averages:
-    """Sums scalars on the device and reads them once an interval, so that no step waits for the host."""
+    """Sums of scalars on the device, read once per interval, so that no step waits for the device."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -81,7 +81,7 @@ class Averages:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def drain(self) -> dict[str, float]:
-        """The means over all ranks since the last call; a name that counted nothing is left out. A collective."""
+        """The means over all ranks since the last call, without names that have a count of 0. A collective."""
         if not self._sums:
             return {}
         device = next(iter(self._sums.values())).device
@@ -94,7 +94,7 @@ class Averages:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinite for what is not one, such as a line torn by a kill."""
+    """The step of a line of metrics.jsonl; infinite for an invalid line, such as one cut off by a kill."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""What travels with the code: configs, which have names, and the operators' sources."""
+"""Files that ship with the code: configs, which have names, and the operators' sources."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from mixar.errors import UserError, did_you_mean
 
 
 def _folder(name: str) -> Path:
-    """Inside an installed package; at the top of a clone."""
+    """The folder `name` inside an installed package, or at the top of a clone."""
     package = Path(__file__).resolve().parent
     return next((path for path in (package / name, package.parent / name) if path.is_dir()), package / name)
 
@@ -16,7 +16,7 @@ SOURCES = _folder("csrc")
 
 
 def config_names() -> list[str]:
-    """Of the configs that travel with mixar: mixar_l, demo/mixar, ..."""
+    """The names of the configs that ship with mixar: mixar_l, demo/mixar, ..."""
     files = [path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml")]
     return sorted(files, key=lambda name: ("/" in name, name))
 
@@ -25,7 +25,7 @@ def find_config(given: str | Path) -> Path:
     """The file `given`, or the config of that name.
 
     Raises:
-        UserError: neither is there.
+        UserError: neither exists.
     """
     file, names = Path(given), config_names()
     if file.is_file():

@@ -1,8 +1,8 @@
-"""Random numbers as a pure function of (seed, stream, index): no generator state to carry, store or resume.
+"""Random numbers as a pure function of (seed, stream, index), without a generator state to store and restore.
 
-Every draw of training and sampling is keyed by the global index of its image, so it is the same at any batch size,
-on any number of ranks, and after any resume. The generator is SplitMix64 (Steele, Lea, Flood 2014): a counter, times
-the golden ratio, through a 64-bit finaliser. The integer part is bit-exact on every device.
+Every random number of training and sampling is keyed by the global index of its image, so that it is the same for any
+batch size and any number of ranks, and after resuming. The generator is SplitMix64 (Steele, Lea, Flood 2014): a counter
+times the golden ratio, followed by a 64-bit finaliser. The integer part is bit-exact on every device.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Stream(IntEnum):
-    """The purpose of a draw. Streams are independent of each other; never renumber them, old runs resume by them."""
+    """The purpose of random numbers. Streams are independent; do not renumber them, since old runs must resume."""
 
     DATA_ORDER = 1
     FLIP = 2
@@ -59,19 +59,19 @@ def _finalise(x: Tensor) -> Tensor:
 
 
 def bits(seed: int, stream: Stream, index: Tensor, *shape: int, start: int = 0) -> Tensor:
-    """64 random bits an element.
+    """64 random bits per element.
 
     Args:
-        seed: the run's seed, or 0 where `index` itself holds one seed per image.
+        seed: the run's seed, or 0 if `index` holds a seed per image.
         index: int64 [B], the global index (or seed) of each image.
-        shape: the shape of one image's draws.
-        start: the counter of the first draw, to continue a stream where an earlier call of it ended.
+        shape: the shape per image.
+        start: the counter of the first number, to continue a stream after an earlier call.
 
     Returns:
         int64 [B, *shape] on `index`'s device.
     """
     seed64 = _signed((seed * 0x2545F4914F6CDD1D + int(stream)) % (1 << 64))
-    key = _finalise(torch.full((), seed64, dtype=torch.int64, device=index.device))  # filled there: no copy to wait for
+    key = _finalise(torch.full((), seed64, dtype=torch.int64, device=index.device))  # without a copy to wait for
     row = _finalise(key + index * _GOLDEN)
     counter = torch.arange(start + 1, start + 1 + math.prod(shape), device=index.device)
     return _finalise(row[:, None] + counter * _GOLDEN).view(-1, *shape)
@@ -100,12 +100,12 @@ def gumbel(seed: int, stream: Stream, index: Tensor, *shape: int, start: int = 0
 
 
 def permutation(seed: int, stream: Stream, index: Tensor, n: int) -> Tensor:
-    """int64 [B, n], a uniform random permutation of 0..n-1 an image."""
+    """int64 [B, n], a uniform random permutation of 0..n-1 per image."""
     return bits(seed, stream, index, n).argsort(-1)
 
 
 def categorical(probs: Tensor, u: Tensor) -> Tensor:
-    """Inverse-CDF draws: the number of categories whose cumulative probability is at most u.
+    """Samples by the inverse CDF: the number of categories whose cumulative probability is at most u.
 
     Args:
         probs: [..., K], summing to one.
@@ -114,5 +114,5 @@ def categorical(probs: Tensor, u: Tensor) -> Tensor:
     Returns:
         int64 [...], in 0..K-1.
     """
-    # float rounding can leave the last cumulative value below u
+    # by rounding, the last cumulative value can be below u
     return (probs.cumsum(-1) <= u[..., None]).sum(-1).clamp_max(probs.shape[-1] - 1)

@@ -1,4 +1,4 @@
-"""The signals that ask for an end: heard between two steps by the run, and by no process that works for it."""
+"""Signals that ask a run to end: they are handled between two steps, and not by its worker processes."""
 
 import os
 import signal
@@ -9,15 +9,15 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-# a scheduler, Ctrl-C, a terminal that closes
+# sent by a scheduler, Ctrl-C, or a terminal that closes
 STOPPING = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Hold back the signals that ask for an end, in this thread and for good in processes that it forks meanwhile.
+    """Block the signals that ask for an end in this thread, and permanently in processes that it forks meanwhile.
 
-    A signal to the whole group asks a run for an end, which takes its workers for a few more batches.
+    When a signal to the process group ends a run, the run needs its workers for a few more batches.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
@@ -27,9 +27,9 @@ def held_back() -> Iterator[None]:
 
 
 def end_at_once() -> None:
-    """Let the signals that do what Ctrl-C does, but for Ctrl-C itself, end this process without a word.
+    """Let the signals that act like Ctrl-C, except Ctrl-C itself, end this process at once without a message.
 
-    While it waits for other ranks, torch gives python no chance to handle them.
+    While it waits for other ranks, torch does not let python handle them.
     """
     for number in STOPPING:
         if number != signal.SIGINT and signal.getsignal(number) is signal.default_int_handler:
@@ -37,13 +37,13 @@ def end_at_once() -> None:
 
 
 class Signals(AbstractContextManager):
-    """Takes the signals that ask for an end, so that a run can end between two steps. Put back on leaving.
+    """Catches the signals that ask for an end, so that a run can end between two steps; restores them on exit.
 
-    Signals that were ignored before, as under nohup, stay ignored. The end of a launcher counts as one: of what some
-    signals do to it, its ranks hear nothing else.
+    Signals that were ignored before, as under nohup, stay ignored. The end of the launcher counts as a signal, since
+    some signals end the launcher without reaching its ranks.
 
     Args:
-        launcher: as a `Place` names it.
+        launcher: as named in `Place`.
     """
 
     def __init__(self, launcher: str) -> None:
@@ -54,13 +54,13 @@ class Signals(AbstractContextManager):
 
     @property
     def caught(self) -> str | None:
-        """The name of the signal that came, None before."""
+        """The name of the caught signal; None if there is none."""
         if self._caught is None and self._above and ancestors() != self._above:
             self._caught = "end of its launcher"
         return self._caught
 
     def __enter__(self) -> "Signals":
-        if threading.current_thread() is threading.main_thread():  # python gives signals to no other
+        if threading.current_thread() is threading.main_thread():  # python handles signals in no other thread
             for number in STOPPING:
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._take)
@@ -77,12 +77,12 @@ class Signals(AbstractContextManager):
 
 
 def ancestors() -> list[int]:
-    """The process that started this one, and the one above where it is a launcher too: `deepspeed` has two of them."""
+    """The parent process, and its parent if that is also a launcher, as with `deepspeed`."""
     parent = os.getppid()
     try:
-        # the name in parentheses may hold anything; state and parent follow
+        # the name in parentheses may contain anything; state and parent follow
         above = int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
         launches = b"deepspeed" in Path(f"/proc/{above}/cmdline").read_bytes()
-    except (OSError, ValueError, IndexError):  # no such process any more, or no Linux
+    except (OSError, ValueError, IndexError):  # the process has ended, or this is not Linux
         return [parent]
     return [parent, above] if launches else [parent]

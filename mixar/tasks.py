@@ -1,4 +1,4 @@
-"""Each task's data and objective, for training and for the export of what was trained."""
+"""The data and the objective of each task, for training and for export."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +14,9 @@ from mixar.data.loader import ShardSource
 from mixar.data.manifest import Manifest, check_manifest, check_pre_drawn, read_manifest
 from mixar.objectives import MixARObjective, Objective, PriorObjective, TokenizerObjective, VAEObjective
 
-SHOWN = 16  # images whose reconstructions a codec's preview holds
+SHOWN = 16  # images that a codec's preview reconstructs
 
-# arguments as `build_objective`
+# arguments as in `build_objective`
 OBJECTIVES: dict[str, Callable[[Config, dict[str, Any], torch.device, Source | None], Objective]] = {
     "vae": lambda cfg, data, device, source: VAEObjective(cfg, _first_images(source)),
     "tokenizer": lambda cfg, data, device, source: TokenizerObjective(cfg, _first_images(source)),
@@ -33,22 +33,22 @@ def build_objective(
     """The objective of `cfg.task`, whose `build` gives its network.
 
     Args:
-        data: as `open_data` describes it, or a checkpoint.
-        device: where frozen networks work.
-        source: the images of a codec; the other tasks need none.
+        data: the description of the data that `open_data` returns and checkpoints contain.
+        device: the device of frozen networks.
+        source: the images of a codec; not needed for the other tasks.
     """
     return OBJECTIVES[cfg.task](cfg, data, device, source)
 
 
 def open_data(cfg: Config) -> tuple[Source, dict[str, Any]]:
-    """Images for the codecs, shards that fit the config for the prior and MixAR; and their description.
+    """The training data: images for the codecs, shards that fit the config for the prior and MixAR.
 
     Returns:
-        the source, and plain values: digests of the data and of the networks that made it, and the normalisation. A run
-        is held to them, and its checkpoints keep them: `mixar export` needs no shards.
+        the source, and its description in plain values: digests of the data and of the networks that made it, and the
+        normalisation. A resumed run must match it. Checkpoints contain it, so that `mixar export` does not need shards.
 
     Raises:
-        UserError: data that is missing or damaged, or does not fit the config.
+        UserError: the data is missing, is damaged or does not fit the config.
     """
     if cfg.task in ("vae", "tokenizer"):
         images = training_images(cfg.data)
@@ -67,7 +67,7 @@ def open_data(cfg: Config) -> tuple[Source, dict[str, Any]]:
 
 
 def latent_norm(cfg: Config, manifest: Manifest | None = None) -> LatentNorm:
-    """MAR's factor where `vae.latent_scale` is set, else the statistics in the shards' manifest."""
+    """MAR's factor if `vae.latent_scale` is set, else the statistics in the shards' manifest."""
     if cfg.vae.latent_scale is not None:
         return LatentNorm.from_scale(cfg.vae.latent_scale, cfg.vae.latent_channels)
     manifest = manifest or read_manifest(cfg.data.shards, cfg.data.cache)
@@ -75,6 +75,6 @@ def latent_norm(cfg: Config, manifest: Manifest | None = None) -> LatentNorm:
 
 
 def _first_images(source: Source | None) -> Tensor:
-    """uint8 [k, 3, H, W]."""
+    """The images of a codec's preview, uint8 [k, 3, H, W]."""
     assert isinstance(source, ImageSource)
     return torch.stack([source[i][0] for i in range(min(SHOWN, len(source)))])

@@ -1,12 +1,12 @@
-"""Train what a config describes: config -> place -> data -> objective -> trainer. The same command again resumes."""
+"""The training of a config: config -> place -> data -> objective -> trainer. The same command again resumes."""
 
 import sys
 from pathlib import Path
 
 if not __package__:
-    # started as a file, python looks for packages in this folder, where `mixar` is not; look beside it instead
+    # started as a file, python looks for packages in this folder, but `mixar` is in its parent
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    import mixar  # noqa: F401 - before torch, whose OpenMP reads what this sets
+    import mixar  # noqa: F401 - before torch, whose OpenMP reads variables that this sets
 
 import argparse
 import errno
@@ -34,13 +34,13 @@ from mixar.trainer import Stopped, Trainer
 
 
 def train(cfg: Config) -> Path:
-    """Run a config to its end; returns the folder of its export.
+    """Train a config to its end, and return the folder of its export.
 
     Raises:
-        UserError: what the user can mend.
-        Stopped: a signal ended it, after a checkpoint.
+        UserError: a mistake that the user can fix.
+        Stopped: a signal ended the run, after a checkpoint.
     """
-    # what cannot be divided, and what is not there, is told before anything is written
+    # a batch that cannot be divided and missing inputs are reported before anything is written
     images_per_pass(cfg, dist.find().world)
     check_inputs(cfg, resumes=bool(complete_checkpoints(Path(cfg.run_dir))))
     kernels = load_kernels(cfg)
@@ -55,17 +55,17 @@ def train(cfg: Config) -> Path:
         if isinstance(objective, MixARObjective) and objective.prior is not None:
             data["prior"] = objective.frozen.fingerprints["prior"]  # TI-Mix draws from it
         run.begin(data)
-        tell_start(cfg, source, place)
+        log_start(cfg, source, place)
         for line in kernels:
             log.info("%s", line)
         folder = Trainer(cfg, objective, source, place, run).run()
     except Stopped:
         raise
     except BaseException as error:
-        told = in_words(error, cfg)
-        fail(told, run)
-        if told is not error:
-            raise told from None
+        reported = in_words(error, cfg)
+        fail(reported, run)
+        if reported is not error:
+            raise reported from None
         raise
     finally:
         if run is not None:
@@ -74,24 +74,24 @@ def train(cfg: Config) -> Path:
 
 
 def in_words(error: BaseException, cfg: Config) -> BaseException:
-    """`error`, or what it tells the user where it means a full disk, or other ranks that have ended."""
+    """`error`, or in place of an error by a full disk or by the loss of other ranks one that says so."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
-            f"{error.filename or cfg.run_dir} cannot be written ({error.strerror}): make room there, then the same "
-            "command goes on from the last checkpoint"
+            f"{error.filename or cfg.run_dir} cannot be written ({error.strerror}): free space there, then the same "
+            "command resumes from the last checkpoint"
         )
     if dist.among_others() and dist.is_loss_of_others(error):
         return PassingError(
             f"rank {c10d.get_rank()} lost the other ranks in an exchange ({str(error).splitlines()[0][:200]}): another "
-            f"rank ended or hangs, and tells why above or in {cfg.run_dir}/log.txt"
+            f"rank ended or hangs, and reports why above or in {cfg.run_dir}/log.txt"
         )
     return error
 
 
 def fail(error: BaseException, run: RunDirectory | None) -> None:
-    """Tell of an error. Among other ranks this process ends here: they may be waiting for it where no error reaches."""
+    """Report an error. With other ranks this process ends here, since they may be waiting for it in a collective."""
     keep_in_log(error)
-    _tell(error, run)
+    _report_outcome(error, run)
     if dist.among_others():
         status = report("mixar train", error)
         if run is not None:
@@ -100,9 +100,9 @@ def fail(error: BaseException, run: RunDirectory | None) -> None:
 
 
 def load_kernels(cfg: Config) -> list[str]:
-    """Take what a run's kernels are found in, and say in words what that is.
+    """Load the kernels of a run, and return a line about each.
 
-    Before the ranks join: the first build of the operators takes up to a minute, in which no rank may wait in a
+    This is called before the ranks join: the first build of the operators takes up to a minute, too long to wait in a
     collective. On each node one rank builds, and the others wait for its file.
 
     Raises:
@@ -114,24 +114,24 @@ def load_kernels(cfg: Config) -> list[str]:
     return [prepare_attention(cfg.model.attention, device), load(device.type)]
 
 
-def tell_start(cfg: Config, source: Source, place: dist.Place) -> None:
-    """Log where and how the run will be computed, and how long it is."""
+def log_start(cfg: Config, source: Source, place: dist.Place) -> None:
+    """Log the device, the engine, the batch, the precision and the plan of the run."""
     engine, why = choose_engine(cfg, place)
     micro = images_per_pass(cfg, place.world)
     log.info("training %s on %s, in %s", cfg.task, place.device, cfg.run_dir)
     log.info("engine %s, for %s; %d ranks on %d nodes, started by %s", engine, why, place.world, place.nodes,
              place.launcher)  # fmt: skip
-    log.info("batch %d = %d a pass x %d ranks x %d passes", cfg.train.batch, micro, place.world,
+    log.info("batch %d = %d per pass x %d ranks x %d passes", cfg.train.batch, micro, place.world,
              cfg.train.batch // (micro * place.world))  # fmt: skip
     log.info("%s", precision_table(cfg))
     log.info("%s", render(make_plan(cfg, sum(source.shard_sizes))))
 
 
 def precision_table(cfg: Config) -> str:
-    """What is kept, computed and sent in which format."""
+    """The number formats of storage, computation and communication."""
     compute = "bfloat16 under autocast" if cfg.train.precision == "bf16" else "float32"
     rows = {
-        "weights, gradients, moments, EMA": "float32, also on their way between ranks",
+        "weights, gradients, moments, EMA": "float32, also when sent between ranks",
         "matrix products, attention": compute,
         "norms, diffusion, loss": "float32",
     }
@@ -148,23 +148,23 @@ def run(args: argparse.Namespace) -> None:
         return
     try:
         train(load_config(args.config, overrides))
-        _tell(None)
+        _report_outcome(None)
     except Stopped as stop:
-        _tell(stop)
+        _report_outcome(stop)
         if stop.status:
             sys.exit(stop.status)
     except UserError as error:
-        _tell(error)
+        _report_outcome(error)
         raise
     dist.leave()
 
 
-def _tell(end: BaseException | None, run: RunDirectory | None = None) -> None:
-    """Tell the job script that started this how it ended: done, stopped, refused for a mistake of the user, or failed.
+def _report_outcome(end: BaseException | None, run: RunDirectory | None = None) -> None:
+    """Report to the job script how the run ended: done, stopped, refused for a mistake of the user, or failed.
 
-    By a file, since a launcher makes of the exit statuses of its processes what it likes. Of what may pass it says
-    nothing: the script starts it again. Likewise after a failure, unless it comes again and again at the same place,
-    which is the last checkpoint.
+    It is reported in a file, since launchers change the exit statuses of their processes. After a temporary error
+    nothing is written, and the script starts the run again. It also does so after a failure, unless that occurs again
+    and again at the same place, which is the last checkpoint.
     """
     file = os.environ.get("MIXAR_OUTCOME")
     if file is None or isinstance(end, PassingError) or (isinstance(end, UserError) and end.status != UserError.status):
@@ -181,9 +181,9 @@ def _tell(end: BaseException | None, run: RunDirectory | None = None) -> None:
 def main() -> None:
     try:
         args = verb_parser("train").parse_intermixed_args()
-    except SystemExit as end:  # after --help, or of a wrong flag
+    except SystemExit as end:  # after --help or a wrong flag
         if end.code:
-            _tell(end)
+            _report_outcome(end)
         raise
     try:
         run(args)

@@ -1,4 +1,4 @@
-"""The loop: fetch, step, tell, keep."""
+"""The training loop: fetch a batch, step, log, save."""
 
 import itertools
 import math
@@ -28,14 +28,14 @@ from mixar.signals import Signals
 from mixar.watch import Watchdog
 from mixar.weights import export_path, holds, read_fitting
 
-GO, STOP, INTERRUPTED, FAILED = range(4)  # what ranks agree on before a step; the largest wins
+GO, STOP, INTERRUPTED, FAILED = range(4)  # the ranks agree on one before a step; the largest wins
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended the run early, after a checkpoint. Whoever does not ask for it ends as after Ctrl-C.
+    """A signal ended the run early, after a checkpoint. A program that does not catch it ends as after Ctrl-C.
 
     Attributes:
-        status: to exit with: 130 after Ctrl-C, 0 after what schedulers send.
+        status: the exit status: 130 after Ctrl-C, 0 after a scheduler's signal.
     """
 
     def __init__(self, status: int) -> None:
@@ -64,8 +64,8 @@ class Trainer:
         """Train to the end, then write the export of the EMA weights and return its folder.
 
         Raises:
-            Stopped: a signal asked for an end; a checkpoint was written.
-            UserError: too many non-finite steps in a row, a checkpoint that cannot be written.
+            Stopped: a signal ended the run; a checkpoint was written.
+            UserError: too many non-finite steps in a row, or a checkpoint that cannot be written.
         """
         train, run = self.cfg.train, self.run_dir
         total = self.steps * train.batch
@@ -83,13 +83,13 @@ class Trainer:
                 micro = next(batches)
                 wait += time.monotonic() - begun
                 epoch, last = self.epoch(step), step + 1 == self.steps
-                tell = last or (step + 1) % train.log_every == 0 or self._due(step, train.checkpoint_every)
-                info = self.engine.step(micro, epoch, measure=tell)
+                due = last or (step + 1) % train.log_every == 0 or self._due(step, train.checkpoint_every)
+                info = self.engine.step(micro, epoch, measure=due)
                 self.progress = Progress(step + 1, (step + 1) * train.batch)
                 recent.add(step, micro, info)
-                told = info.scalars | {"grad_norm": mean_of(info.grad_norm)}
-                averages.add({name: torch.where(info.finite > 0, value, 0.0) for name, value in told.items()})
-                if tell:
+                scalars = info.scalars | {"grad_norm": mean_of(info.grad_norm)}
+                averages.add({name: torch.where(info.finite > 0, value, 0.0) for name, value in scalars.items()})
+                if due:
                     self._handle_skips(recent)
                     assert info.ema_distance is not None
                     means = averages.drain()
@@ -111,7 +111,7 @@ class Trainer:
             return self._export()
 
     def _wish(self, signals: Signals) -> int:
-        """What this rank brings to the agreement before a step."""
+        """This rank's vote in the agreement before a step."""
         if self.run_dir.failed:
             return FAILED
         return GO if signals.caught is None else INTERRUPTED if signals.caught == "SIGINT" else STOP
@@ -124,7 +124,7 @@ class Trainer:
             if self.progress != self._saved:
                 self._save()
             self.run_dir.wait()
-            log.info("stopped by a signal after step %d, a checkpoint is kept: the same command goes on",
+            log.info("stopped by a signal after step %d, a checkpoint is kept: the same command resumes",
                      self.progress.step)  # fmt: skip
             raise Stopped(130 if agreed == INTERRUPTED else 0)
 
@@ -133,7 +133,7 @@ class Trainer:
         self._saved = self.progress
 
     def _batches(self) -> Generator[list[Batch], None, None]:
-        """This rank's micro-batches of each step, from where the run stands."""
+        """This rank's micro-batches of each step, from the current progress on."""
         train = self.cfg.train
         micro = images_per_pass(self.cfg, self.place.world)
         loader = Loader(
@@ -146,7 +146,7 @@ class Trainer:
                 yield [batch.to(self.place.device) for batch in itertools.islice(stream, accumulate)]
 
     def _due(self, step: int, every: float) -> bool:
-        """Whether a period of `every` epochs ends with this step; 0 is never."""
+        """Whether a period of `every` epochs ends with this step; never if it is 0."""
         return every > 0 and int(self.epoch(step + 1) / every) > int(self.epoch(step) / every)
 
     def _handle_skips(self, recent: "_Recent") -> None:
@@ -158,12 +158,13 @@ class Trainer:
                 log.info("step %d was not finite (%s) and was skipped: %s", record["step"], numbers, file)
         if recent.in_a_row > self.cfg.train.max_skips:
             raise UserError(
-                f"{recent.in_a_row} steps in a row were not finite, train.max_skips={self.cfg.train.max_skips} may be; "
-                f"{self.run_dir.path / 'replay'} names their images: lower optim.lr, or write train.precision=fp32"
+                f"{recent.in_a_row} steps in a row were not finite, more than train.max_skips="
+                f"{self.cfg.train.max_skips}; {self.run_dir.path / 'replay'} lists their images: lower optim.lr, or "
+                "write train.precision=fp32"
             )
 
     def _replica(self) -> nn.Module | None:
-        """On rank 0 a plain model with the EMA weights, away from the engine; a collective."""
+        """A plain model with the EMA weights, independent of the engine, on rank 0; a collective."""
         weights = self.engine.full_weights("ema")
         if not self.place.is_main:
             return None
@@ -181,13 +182,13 @@ class Trainer:
                 images = self.objective.preview(model)
             if images is not None:
                 metrics.images("samples", images, self.progress.step)
-        except Exception:  # whatever it is, the training is worth more than a picture of it
-            log.exception("the preview after step %d failed, the run goes on:", self.progress.step)
+        except Exception:  # of any kind: a failed preview must not end the training
+            log.exception("the preview after step %d failed, the run continues:", self.progress.step)
 
     def _export(self) -> Path:
         if self.steps and not dist.on_main(self.place, self.engine.updates.item):
             raise UserError(
-                f"none of the run's {self.steps} steps was finite, nothing was learned: lower optim.lr, or write "
+                f"none of the run's {self.steps} steps was finite, so nothing was learned: lower optim.lr, or write "
                 "train.precision=fp32"
             )
         folder = export_path(self.run_dir.path, self.progress.images)
@@ -205,14 +206,14 @@ class Trainer:
 
 
 class _Task:
-    """An objective as engines train it: from the weights of `init_from`, and dropping out the same units everywhere."""
+    """An objective as the engine's task: it starts from the weights of `init_from`, and fixes the dropout per image."""
 
     def __init__(self, objective: Objective, cfg: Config, fresh: bool) -> None:
         self.objective, self.seed = objective, cfg.seed
         self.build, self.decays = objective.build, objective.decays
         self.survey = getattr(objective, "survey", None)
         self.given: dict[str, Tensor] = {}
-        if cfg.init_from is not None and fresh:  # what resumes has weights of its own
+        if cfg.init_from is not None and fresh:  # a resumed run has its own weights
             with torch.device("meta"):
                 own = objective.build().state_dict()
             self.given = read_fitting(cfg.init_from, own, log.info, cfg.trust_pickle)
@@ -221,15 +222,15 @@ class _Task:
         return self.given[name] if name in self.given else self.objective.initial(name, like)
 
     def loss(self, model: nn.Module, batch: Batch, epoch: float) -> tuple[Tensor, Scalars]:
-        # what torch itself draws, in the prior's training and in the attention kernels of GPUs, is a function of the
-        # micro-batch, whichever rank it falls to; all else is one of the image
+        # torch's own random numbers, in the prior's training and in the attention kernels of GPUs, are a function of
+        # the micro-batch, on whichever rank it is; all others are a function of the image
         first = torch.tensor(batch.host_index[:1])
         torch.manual_seed(int(rng.bits(self.seed, Stream.DROPOUT, first, 1).item()))
         return self.objective.loss(model, batch, epoch)
 
 
 class _Recent:
-    """The steps of the current interval, to find the skipped ones without asking the device after each."""
+    """The steps of the current interval, to find skipped ones without waiting for the device after each step."""
 
     def __init__(self) -> None:
         self.in_a_row = 0
@@ -239,7 +240,7 @@ class _Recent:
         self._steps.append((step, [key for batch in batches for key in batch.keys], info))
 
     def skipped(self) -> list[dict[str, Any]]:
-        """A record of each step that was skipped since the last call."""
+        """A record of each step that was skipped since the previous call."""
         records = []
         for step, keys, info in self._steps:
             finite = bool(info.finite.item())

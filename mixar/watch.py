@@ -1,4 +1,4 @@
-"""The report of a run that hangs."""
+"""A report about a run that hangs."""
 
 import sys
 import threading
@@ -10,9 +10,9 @@ from mixar.log import log
 
 
 class Watchdog(AbstractContextManager):
-    """Logs where every thread of this rank stands when no `beat` came for `timeout` seconds.
+    """Logs the stack of every thread of this rank after `timeout` seconds without a `beat`.
 
-    It ends nothing: the others' collectives run out a little later, and the launcher ends the rank that hangs.
+    It does not end the run: the other ranks' collectives time out a little later, and the launcher ends this rank.
     """
 
     def __init__(self, timeout: float) -> None:
@@ -31,7 +31,7 @@ class Watchdog(AbstractContextManager):
         self._beaten.set()
 
     def beat(self, step: int) -> None:
-        """Step `step` begins."""
+        """Report that step `step` begins."""
         self._step = step
         self._beaten.set()
 

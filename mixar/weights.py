@@ -1,6 +1,6 @@
-"""Weights on disk: public checkpoints, read strictly, and the exports that this package writes.
+"""Weights on disk: public checkpoints, which are read strictly, and the exports of this package.
 
-An export is a folder of `model.safetensors` and `config.json`, which holds the kind of network and its geometry.
+An export is a folder of `model.safetensors` and `config.json`, which contains the kind of network and its geometry.
 """
 
 import errno
@@ -27,14 +27,14 @@ Network = TypeVar("Network", bound=nn.Module)
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 _CODEC = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-_SHOWN = 5  # names listed of each fault; a wrong file has hundreds
+_SHOWN = 5  # names listed per kind of fault; a wrong file has hundreds
 
 
 @dataclass(frozen=True)
 class Published:
-    """How a public checkpoint differs from the module's own state dict."""
+    """The differences of a public checkpoint from the module's own state dict."""
 
-    nesting: tuple[str, ...] = ()  # keys that the state dict may lie under, the preferred one first
+    nesting: tuple[str, ...] = ()  # keys that may contain the state dict, the preferred one first
     keep: tuple[str, ...] = ("",)  # prefixes of the keys to keep; the empty one keeps all
     rename: dict[str, str] = field(default_factory=dict)  # old prefix -> new prefix
 
@@ -43,7 +43,7 @@ PUBLIC = {
     "mar": Published(nesting=("model_ema", "model")),
     "generator": Published(rename={"token_emb": "input_proj"}),  # an older name
     "tokenizer": Published(),
-    # VA-VAE lies under state_dict or flat, KL-16 under model; either may bring its discriminator and DINOv2 along
+    # VA-VAE is under state_dict or flat, KL-16 under model; both may include a discriminator and DINOv2
     "vae": Published(nesting=("state_dict", "model"), keep=_CODEC),
 }
 
@@ -53,11 +53,12 @@ def read_state(path: str | Path, nesting: tuple[str, ...] = (), trust_pickle: bo
 
     Args:
         path: the file.
-        nesting: keys that the state dict may lie under, the preferred one first; without any of them it is flat.
-        trust_pickle: run the code that a pickle of arbitrary objects contains. Never for a file of unknown origin.
+        nesting: keys that may contain the state dict, the preferred one first; without any of them it is flat.
+        trust_pickle: run the code in a pickle of arbitrary objects; unsafe for a file of unknown origin.
 
     Raises:
-        UserError: no such file, a folder, an unknown type, a broken file, a pickle that needs trust, no weights in it.
+        UserError: the file is missing, a folder, of an unknown type, broken, a pickle that needs trust, or has no
+            weights.
     """
     path = Path(path)
     if path.is_dir():
@@ -73,7 +74,7 @@ def read_state(path: str | Path, nesting: tuple[str, ...] = (), trust_pickle: bo
     elif path.suffix in PICKLES:
         content = _read_pickle(path, trust_pickle)
     else:
-        raise UserError(f"{path} is no known type of weights: expected .safetensors, {', '.join(PICKLES)}")
+        raise UserError(f"{path} is not a known type of weights: expected .safetensors, {', '.join(PICKLES)}")
 
     state: Any = content
     if isinstance(content, Mapping):
@@ -81,7 +82,7 @@ def read_state(path: str | Path, nesting: tuple[str, ...] = (), trust_pickle: bo
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         found = _some([str(key) for key in state]) if isinstance(state, Mapping) else type(state).__name__
         places = " or ".join([f"under '{key}'" for key in nesting] + ["at the top"])
-        raise UserError(f"{path} holds no state dict {places}; found: {found}")
+        raise UserError(f"{path} has no state dict {places}; found: {found}")
     return dict(state)
 
 
@@ -89,7 +90,7 @@ def read_public(path: str | Path, kind: str, trust_pickle: bool = False) -> Stat
     """The state dict of a public checkpoint of `kind` (a key of `PUBLIC`), under the module's own names.
 
     Raises:
-        UserError: as `read_state`.
+        UserError: as in `read_state`.
     """
     published = PUBLIC[kind]
     state = read_state(path, published.nesting, trust_pickle)
@@ -100,10 +101,10 @@ def read_public(path: str | Path, kind: str, trust_pickle: bool = False) -> Stat
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
-    """Load `state` into `module`, key for key, in the module's dtypes; a module on the meta device takes its memory.
+    """Load `state` into `module`, key for key, in the module's dtypes; a module on the meta device shares its memory.
 
     Raises:
-        UserError: missing, extra or misshapen keys, all in one message that names `source`.
+        UserError: keys are missing, extra or misshapen; one message lists them all and names `source`.
     """
     own = module.state_dict()
     faults = {
@@ -119,14 +120,14 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str | Pa
         listing = "; ".join(f"{len(names)} {fault}: {_some(names)}" for fault, names in faults.items() if names)
         raise UserError(
             f"{source} does not fit the configured {type(module).__name__}: {listing}. "
-            "Name the weights of this network, or write its geometry into the config"
+            "Name the weights of this network, or write their geometry in the config"
         )
     state = {name: state[name].to(own[name].dtype) for name in own}
     module.load_state_dict(state, assign=any(value.is_meta for value in own.values()))
 
 
 def loaded(build: Callable[[], Network], state: Mapping[str, Tensor], source: str | Path) -> Network:
-    """The network that `build` makes, with the weights `state`; none are drawn first. UserError as `load_strict`."""
+    """The network of `build` with the weights `state`, without initialising it. Raises UserError as `load_strict`."""
     with torch.device("meta"):
         network = build()
     load_strict(network, state, source)
@@ -136,16 +137,16 @@ def loaded(build: Callable[[], Network], state: Mapping[str, Tensor], source: st
 def read_fitting(
     path: str | Path, own: Mapping[str, Tensor], tell: Callable[[str], None], trust_pickle: bool = False
 ) -> State:
-    """Other weights to start from: those of the same name and shape as one of `own`.
+    """Weights of another network to start from: those with the same name and shape as in `own`.
 
     Args:
-        path: an export folder, a run directory with exports, or a checkpoint file of a plain or MAR's nesting.
-        own: the state dict of the network to start; only its shapes matter.
-        tell: gets one line of what was loaded, left new, misshapen and not used.
+        path: an export folder, a run directory with exports, or a checkpoint file, flat or nested like MAR's.
+        own: the state dict of the network to start; only its shapes are used.
+        tell: is called with a line about the loaded, new, misshapen and unused weights.
         trust_pickle: as in `read_state`.
 
     Raises:
-        UserError: as `read_state`, or not one tensor fits.
+        UserError: as in `read_state`, or if not a single tensor fits.
     """
     if Path(path).is_dir():
         folder = find_export(path)
@@ -154,7 +155,7 @@ def read_fitting(
         state = read_state(path, PUBLIC["mar"].nesting, trust_pickle)
     fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
     if not fitting:
-        raise UserError(f"no tensor in {path} has a name and shape of this network: write init_from=<weights of one>")
+        raise UserError(f"no tensor in {path} has a name and shape of this network: write init_from=<similar weights>")
     report = {
         "loaded": list(fitting),
         "new": [name for name in own if name not in state],
@@ -176,32 +177,32 @@ def write_export(
 
     Args:
         folder: to be created, with its parents.
-        kind: what the weights are of, such as vae, tokenizer, prior, mixar.
+        kind: the kind of network, such as vae, tokenizer, prior, mixar.
         config: the network's section(s) of the config, as plain values.
-        state: its state dict, all values from one rank.
-        replace: a folder of that name makes room for this one.
+        state: its state dict, with all values on this rank.
+        replace: replace an existing folder.
         extra: further entries of config.json.
 
     Raises:
-        UserError: `folder` exists, or cannot be written; weights that are not finite.
+        UserError: `folder` exists or cannot be written, or weights are not finite.
     """
     with creating_folder(folder, replace) as aside:
         write_network(aside, kind, config, state, **extra)
 
 
 def write_network(folder: Path, kind: str, config: dict[str, Any], state: Mapping[str, Tensor], **extra: Any) -> str:
-    """The files of an export into `folder`, which is just being made; arguments and errors as `write_export`.
+    """Write the files of an export to the temporary `folder`; arguments and errors as in `write_export`.
 
     Returns:
         The fingerprint of the weights.
     """
     if name := next((name for name, value in state.items() if not torch.isfinite(value).all()), None):
-        raise UserError(f"the {kind} has weights that are not finite, {name} for one: take an earlier checkpoint")
+        raise UserError(f"the {kind} has weights that are not finite, such as {name}: take an earlier checkpoint")
     folder.mkdir(exist_ok=True)
     try:
         weights = {name: value.detach().cpu().contiguous() for name, value in state.items()}
         save_file(weights, folder / "model.safetensors")
-    except SafetensorError as error:  # what it makes of a full disk
+    except SafetensorError as error:  # raised for a full disk
         raise OSError(errno.EIO, str(error)) from None
     known = fingerprint(state)
     about = {"kind": kind, "version": __version__, "fingerprint": known, "config": config}
@@ -215,10 +216,10 @@ def is_export(path: str | Path) -> bool:
 
 
 def find_export(path: str | Path) -> Path:
-    """`path` itself where it is an export, else the newest below `path`/exports, as training leaves them.
+    """`path` itself if it is an export, else the newest in `path`/exports, where training writes them.
 
     Raises:
-        UserError: neither is there.
+        UserError: neither exists.
     """
     path = Path(path)
     if is_export(path):
@@ -233,18 +234,18 @@ def find_export(path: str | Path) -> Path:
 
 
 def export_path(run: Path, images: int) -> Path:
-    """Where the run directory `run` keeps the export of its EMA weights after `images` images."""
+    """The path of the export of the EMA weights after `images` images in the run directory `run`."""
     return run / "exports" / f"{images}-ema"
 
 
 def newest_export(run: Path) -> Path | None:
-    """The export that the run directory `run` keeps of the most images seen; None where it keeps none."""
+    """The export in the run directory `run` after the most images; None if there is none."""
     found = [file.parent for file in run.glob("exports/[0-9]*-ema/config.json")]
     return max(found, key=lambda folder: int(folder.name.removesuffix("-ema")), default=None)
 
 
 def holds(folder: str | Path, state: Mapping[str, Tensor]) -> bool:
-    """Whether the export `folder` is whole and of just these weights."""
+    """Whether the export `folder` is complete and contains exactly these weights."""
     try:
         return fingerprint(_read_weights(Path(folder), describe_export(folder))) == fingerprint(state)
     except UserError:
@@ -252,10 +253,10 @@ def holds(folder: str | Path, state: Mapping[str, Tensor]) -> bool:
 
 
 def describe_export(folder: str | Path) -> dict[str, Any]:
-    """What the config.json of the export `folder` says.
+    """The contents of config.json in the export `folder`.
 
     Raises:
-        UserError: it is not what `write_export` writes.
+        UserError: it was not written by `write_export`.
     """
     try:
         description = json.loads((Path(folder) / "config.json").read_text())
@@ -269,11 +270,11 @@ def read_export(folder: str | Path, kind: str) -> tuple[dict[str, Any], State]:
     """The config.json and the state dict of the export `folder`.
 
     Raises:
-        UserError: no export, a broken one, one of another kind, or other weights than it was written with.
+        UserError: the export is missing, broken or of another kind, or its weights were changed.
     """
     folder = Path(folder)
     if not is_export(folder):
-        raise UserError(f"{folder} is no export: expected a folder with config.json and model.safetensors")
+        raise UserError(f"{folder} is not an export: expected a folder with config.json and model.safetensors")
     description = describe_export(folder)
     if description["kind"] != kind:
         raise UserError(f"{folder} holds weights of kind '{description['kind']}', expected '{kind}'")
@@ -281,24 +282,24 @@ def read_export(folder: str | Path, kind: str) -> tuple[dict[str, Any], State]:
 
 
 def _read_weights(folder: Path, description: Mapping[str, Any]) -> State:
-    """The state dict of the export `folder`; UserError where its config.json was written with another."""
+    """The state dict of the export `folder`. Raises UserError if its config.json belongs to other weights."""
     state = read_state(folder / "model.safetensors")
-    known = description.get("fingerprint")  # not in the first exports
+    known = description.get("fingerprint")  # missing in the oldest exports
     if known is not None and known != (found := fingerprint(state)):
         raise UserError(
             f"{folder}/model.safetensors holds other weights than its config.json was written with (fingerprint "
-            f"{found} instead of {known}): it is damaged, or not of this folder; export again, or copy whole folders"
+            f"{found} instead of {known}): it is damaged or of another folder; export again, or copy complete folders"
         )
     return state
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """16 hex digits that tell one set of weights from another: SHA-256 over names, dtypes, shapes and bytes."""
+    """16 hex digits that identify weights: SHA-256 over names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
     for name in sorted(state):
         value = state[name].detach().cpu()
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().data)  # flat, since a scalar has no bytes to view
+        digest.update(value.flatten().view(torch.uint8).numpy().data)  # flat, since a scalar cannot be viewed as bytes
     return digest.hexdigest()[:16]
 
 
@@ -306,13 +307,13 @@ def _read_safetensors(path: Path) -> State:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is broken or no safetensors file ({error}): fetch or export it again") from None
+        raise UserError(f"{path} is broken or not a safetensors file ({error}): fetch or export it again") from None
 
 
 def _read_pickle(path: Path, trust_pickle: bool) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
-    except Exception as error:  # a pickle fails with whatever error its content runs into
+    except Exception as error:  # a pickle may raise anything
         if isinstance(error, pickle.UnpicklingError) and not trust_pickle:
             found = re.search(r"GLOBAL (\S+)", str(error))
             raise UserError(

@@ -1,21 +1,21 @@
-# What the job scripts share: a step over the whole job, and what becomes of the job when the step has ended.
+# Shared by the job scripts: a step over the whole job, and the end or the requeueing of the job after that step.
 # shellcheck shell=bash
 
 source slurm/site.sh
 
-# Run a command as one task a GPU, or --ntasks-per-node, on every node; then end the job or requeue it.
+# Run a command with one task per GPU, or --ntasks-per-node, on every node; then end the job or requeue it.
 #
-# What becomes of the job is told by the word that the command leaves in the file MIXAR_OUTCOME: an exit status would not
-# do, since srun gives that of the tasks it killed. `done` and `refused`, for a mistake of the user, end it. `stopped`,
-# after a signal, and a failure without a word requeue it, and the same command goes on where it was. So does `failed
-# IMAGES`, after an error nobody foresaw, until it has come three times without a new checkpoint.
+# This depends on the word that the command writes to the file MIXAR_OUTCOME. The exit status is not sufficient, since
+# srun returns that of the tasks it killed. `done` and `refused`, for a mistake of the user, end the job. `stopped`,
+# after a signal, and a failure without a word requeue it, and the same command resumes. So does `failed IMAGES`, after
+# an unexpected error, until it occurs three times without a new checkpoint.
 run() {
   local tasks=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}} restarts=${SLURM_RESTART_COUNT:-0} status=0 word
   local cpus=$((SLURM_CPUS_ON_NODE / tasks))
   export MIXAR_OUTCOME=$PWD/.outcome-$SLURM_JOB_ID OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
   rm -f "$MIXAR_OUTCOME"
-  echo "== $(date -Is) job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, $tasks tasks a node, restart $restarts: $*"
-  # one lost task ends all: the others would wait for it in a collective
+  echo "== $(date -Is) job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, $tasks tasks per node, restart $restarts: $*"
+  # a lost task ends all, since the others would wait for it in a collective
   srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$tasks" --cpus-per-task="$cpus" --export=ALL \
     --kill-on-bad-exit=1 --wait=60 "${CONTAINER[@]}" "$@" || status=$?
   word=$(cat "$MIXAR_OUTCOME" 2>/dev/null)
@@ -25,12 +25,12 @@ run() {
     done:* | :0) rm -f "$MIXAR_OUTCOME.failures" && exit 0 ;;
     failed*)
       echo "$word" >>"$MIXAR_OUTCOME.failures"
-      (($(grep -cx "$word" "$MIXAR_OUTCOME.failures") < 3)) || give_up 1 "it fails each time, the message above says why"
+      (($(grep -cx "$word" "$MIXAR_OUTCOME.failures") < 3)) || give_up 1 "it fails each time, see the message above"
       ;;
     refused:* | :2) give_up 2 "the message above says what to change" ;;
   esac
   ((restarts < MAX_RESTARTS)) || give_up 1 "this was restart $restarts of MAX_RESTARTS=$MAX_RESTARTS"
-  scontrol requeue "$SLURM_JOB_ID" || give_up 1 "submit the same again, it goes on where it stopped"
+  scontrol requeue "$SLURM_JOB_ID" || give_up 1 "submit the same command again, and it resumes where it stopped"
   exit 0
 }
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Images to shards, shared by the elements of an array:  sbatch [OPTION ...] slurm/prepare.sh [CONFIG] [key=value ...]
-# An element that is done with its share takes what is missing and nobody is writing; one sent again alone, with --array=3, does the same.
+# An element that has finished its share takes over missing parts that nobody is writing; so does a single one that is
+# submitted again, as with --array=3.
 #SBATCH --job-name=prepare
 #SBATCH --array=0-7
 #SBATCH --nodes=1

@@ -1,14 +1,14 @@
-# What differs between clusters. Each job script, and pipeline.sh, reads this file from the repository's folder.
-# Partition, account, nodes and time are sbatch's: options on its command line, or SBATCH_PARTITION, SBATCH_ACCOUNT, ...
+# Settings of a cluster. Each job script, and pipeline.sh, reads this file in the repository's folder.
+# Partition, account, nodes and time are set by options of sbatch, or by SBATCH_PARTITION, SBATCH_ACCOUNT, ...
 # shellcheck shell=bash disable=SC2034
 
-# Programs: `module load ...` goes here. The environment that `make` builds comes first where there is one.
+# Programs: `module load ...` goes here. The environment that `make` builds comes first, if it exists.
 PATH=$PWD/.venv/bin:$PATH
 
-# What stands before each command; for slurm/mixar.def: (apptainer exec --nv --bind /data mixar.sif)
+# A prefix of each command; for slurm/mixar.def: (apptainer exec --nv --bind /data mixar.sif)
 CONTAINER=()
 
-# The network between nodes, where NCCL doesn't find it: export NCCL_SOCKET_IFNAME=... NCCL_IB_HCA=...
+# The network between nodes, if NCCL does not find it: export NCCL_SOCKET_IFNAME=... NCCL_IB_HCA=...
 
-# Starts again after a time limit, a pre-emption, a lost node or a crash, altogether.
+# The total number of restarts after time limits, pre-emptions, lost nodes and crashes.
 MAX_RESTARTS=${MAX_RESTARTS:-20}

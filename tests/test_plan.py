@@ -349,7 +349,7 @@ def test_the_engine_of_a_run(gpus: int, overrides: list[str], chosen: tuple[str,
 @pytest.mark.parametrize(
     ("gpus", "overrides", "told"),
     [
-        (12, [], "--gpus 12 fills no whole nodes of 8: write --gpus 16"),
+        (12, [], "--gpus 12 does not fill nodes of 8: write --gpus 16"),
         (0, [], "write --gpus 8"),
         (48, [], "train.batch=2048 does not divide over 48 ranks: write train.batch=2064"),
         (128, [], "train.micro_batch=32 does not divide the 16 images of each of 128 ranks"),

@@ -151,7 +151,7 @@ def test_what_is_no_weights_file_is_refused(tmp_path: Path) -> None:
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     torch.save({"optimizer": {}, "epoch": 1}, tmp_path / "other.pt")
     for path, reason in ((tmp_path / "absent.pt", "no weights at"), (tmp_path, "is a folder"),
-                         (tmp_path / "notes.txt", "no known type"), (tmp_path / "tensor.pt", "found: Tensor"),
+                         (tmp_path / "notes.txt", "not a known type"), (tmp_path / "tensor.pt", "found: Tensor"),
                          (tmp_path / "other.pt", "under 'model' or at the top; found: optimizer, epoch")):
         with pytest.raises(UserError, match=reason):
             read_state(path, nesting=("model",))
@@ -190,7 +190,7 @@ def test_a_wrong_or_torn_export_is_refused(tmp_path: Path) -> None:
         read_export(folder, "prior")
     (folder / "config.json").unlink()
     assert not is_export(folder)
-    with pytest.raises(UserError, match="no export"):
+    with pytest.raises(UserError, match="is not an export"):
         read_export(folder, "prior")
 
 
@@ -198,7 +198,7 @@ def test_weights_of_another_export_are_refused(tmp_path: Path) -> None:
     for name, value in (("a", 0.0), ("b", 1.0)):
         write_export(tmp_path / name, "prior", {}, {"w": torch.full((3,), value)})
     shutil.copy(tmp_path / "b" / "model.safetensors", tmp_path / "a")
-    with pytest.raises(UserError, match=r"other weights than its config\.json was written with .*copy whole folders"):
+    with pytest.raises(UserError, match=r"other weights than its config\.json was written with .*complete folders"):
         read_export(tmp_path / "a", "prior")
     with pytest.raises(UserError, match="other weights"):
         read_fitting(tmp_path / "a", {"w": torch.zeros(3)}, print)

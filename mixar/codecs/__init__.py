@@ -32,7 +32,7 @@ def load_vae(cfg: VAEConfig, trust_pickle: bool = False) -> VAE:
     """The frozen VAE of `cfg.weights`: an export, with its own geometry, or a public checkpoint of `cfg`'s geometry.
 
     Raises:
-        UserError: no weights named, none there, or not those of this network.
+        UserError: no weights are named, they do not exist, or they are those of another network.
     """
     return _load("vae", VAE, cfg, trust_pickle)
 
@@ -43,7 +43,7 @@ def load_tokenizer(cfg: TokenizerConfig, trust_pickle: bool = False) -> Tokenize
 
 
 def build_tokenizer(cfg: TokenizerConfig) -> Tokenizer:
-    """The tokenizer that `cfg.kind` names, with values drawn anew."""
+    """The tokenizer that `cfg.kind` names, randomly initialised."""
     return TOKENIZERS[cfg.kind](cfg)
 
 

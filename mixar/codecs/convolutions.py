@@ -1,4 +1,4 @@
-"""The convolutional encoder and decoder of MaskBit's tokenizer (Weber et al. 2024), around any quantizer.
+"""The convolutional encoder and decoder of MaskBit's tokenizer (Weber et al. 2024), for any quantizer.
 
 The names of the modules are those of the published weights.
 """
@@ -26,12 +26,12 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        # where the width changes, the shortcut starts from the result: MaskGIT's quirk, which the weights expect
+        # if the width changes, the shortcut starts from the result: a peculiarity of MaskGIT that the weights need
         return h + (x if self.nin_shortcut is None else self.nin_shortcut(h))
 
 
 class Halve(nn.Conv2d):
-    """3x3 convolution of stride 2 with TensorFlow's "same" padding: an odd side has a zero on both ends."""
+    """3x3 convolution of stride 2 with TensorFlow's "same" padding: an odd side gets a zero at both ends."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, width, 3, stride=2)

@@ -1,4 +1,4 @@
-"""Images as the networks take and give them, float32 in [0, 1], and as files hold them, uint8."""
+"""Conversion of images between float32 in [0, 1], as in networks, and uint8, as in files."""
 
 from torch import Tensor, uint8
 

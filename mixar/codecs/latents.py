@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LatentNorm:
-    """Per-channel statistics that bring latents [B, C, h, w] to zero mean and unit variance, and back."""
+    """Per-channel statistics that normalise latents [B, C, h, w] to zero mean and unit variance, and back."""
 
     mean: Tensor  # [C]
     std: Tensor  # [C]
@@ -20,7 +20,7 @@ class LatentNorm:
 
     @classmethod
     def from_dict(cls, values: dict[str, list[float]]) -> "LatentNorm":
-        """What `to_dict` gave."""
+        """The inverse of `to_dict`."""
         return cls(torch.tensor(values["mean"]), torch.tensor(values["std"]))
 
     def to_dict(self) -> dict[str, list[float]]:
@@ -28,11 +28,11 @@ class LatentNorm:
         return {"mean": self.mean.tolist(), "std": self.std.tolist()}
 
     def normalise(self, latents: Tensor) -> Tensor:
-        """What the model sees, from what `VAE.encode` gives."""
+        """From the scale of `VAE.encode` to the model's."""
         return (latents - self._like(self.mean, latents)) / self._like(self.std, latents)
 
     def denormalise(self, latents: Tensor) -> Tensor:
-        """What `VAE.decode` takes, from what the model gives."""
+        """From the model's scale to that of `VAE.decode`."""
         return latents * self._like(self.std, latents) + self._like(self.mean, latents)
 
     @staticmethod

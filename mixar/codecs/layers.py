@@ -1,4 +1,4 @@
-"""What both codecs are built from."""
+"""Layers that both codecs use."""
 
 import math
 from collections import OrderedDict
@@ -7,7 +7,7 @@ from torch import nn
 
 
 def norm(width: int) -> nn.GroupNorm:
-    """GroupNorm of the LDM and MaskGIT families: 32 groups, or as many as divide a small width; eps 1e-6."""
+    """GroupNorm of the LDM and MaskGIT families: 32 groups, fewer for a small width; eps 1e-6."""
     return nn.GroupNorm(math.gcd(32, width), width, eps=1e-6)
 
 
@@ -17,5 +17,5 @@ def conv3(inputs: int, outputs: int, bias: bool = True) -> nn.Conv2d:
 
 
 def stack(**parts: nn.Module) -> nn.Sequential:
-    """The parts one after another, each under its name in the state dict."""
+    """The parts in sequence, each with its name in the state dict."""
     return nn.Sequential(OrderedDict(parts))

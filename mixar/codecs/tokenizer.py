@@ -1,4 +1,4 @@
-"""Discrete tokenizers: what the rest knows of one, and the autoencoder around a quantizer that both of ours are."""
+"""Discrete tokenizers: their interface, and the autoencoder with a quantizer that both implementations share."""
 
 import math
 
@@ -16,8 +16,8 @@ Losses = dict[str, Tensor]
 class Tokenizer(nn.Module):
     """Images [B, 3, H, W] in [0, 1] to tokens [B, N] and back; N = h w positions in raster order.
 
-    A token is an id in 0..2^bits - 1. The prior reads it as its bits, in `prior.splits` sub-tokens. DC-Mix maps the
-    same bits, or a vector of `code_dim` channels for each id.
+    A token is an id in 0..2^bits - 1. The prior reads its bits, in `prior.splits` sub-tokens. DC-Mix maps the same
+    bits, or a vector of `code_dim` channels per id.
 
     Attributes:
         config: with `bits`, `code_dim` (None: DC-Mix maps the bits) and `stride`.
@@ -34,24 +34,24 @@ class Tokenizer(nn.Module):
         raise NotImplementedError
 
     def codebook(self) -> Tensor:
-        """The vectors [2^bits, code_dim] that DC-Mix maps; asked for only where there is a `code_dim`."""
+        """The vectors [2^bits, code_dim] that DC-Mix maps; used only if there is a `code_dim`."""
         raise NotImplementedError
 
     def forward(self, images: Tensor, assignment: Tensor | None = None, survey: bool = False) -> tuple[Tensor, Losses]:
         """For training: images as in `encode` to their reconstruction, with gradient, and scalar losses.
 
         Args:
-            assignment: the mean of what `survey` gives over the batch that these images are one of several parts of.
-            survey: give these images' mean assignment [2^bits] to the codes instead, and no losses.
+            assignment: [2^bits], the mean of the results of `survey` over a batch, if these images are a part of it.
+            survey: instead return the mean assignment [2^bits] of these images to the codes, without losses.
 
         Returns:
-            The losses hold `quantizer_loss`, the one to minimise beside the reconstruction's; the rest is logged.
+            The losses contain `quantizer_loss`, to minimise together with that of reconstruction; the rest is logged.
         """
         raise NotImplementedError
 
 
 class ConvTokenizer(Tokenizer):
-    """The convolutional autoencoder around a quantizer of `channels` channels."""
+    """The convolutional autoencoder with a quantizer of `channels` channels."""
 
     def __init__(self, cfg: TokenizerConfig, quantize: "Quantizer", channels: int) -> None:
         super().__init__()
@@ -76,9 +76,9 @@ class ConvTokenizer(Tokenizer):
 
 
 class Quantizer(nn.Module):
-    """z [B, K, h, w] to one of 2^bits codes at each position.
+    """A map of z [B, K, h, w] to one of 2^bits codes at each position.
 
-    Its entropy loss (Yu et al. 2024) makes the choice at a position sure, and all codes used over a batch.
+    Its entropy loss (Yu et al. 2024) favours a certain choice at each position, and the use of all codes in a batch.
     """
 
     def __init__(self, cfg: TokenizerConfig) -> None:
@@ -90,7 +90,7 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def scaled(self, z: Tensor) -> Tensor:
-        """z [B, K, h, w] float32 as it is compared with the codes."""
+        """z [B, K, h, w], float32, in the scale of the codes."""
         return z
 
     def ids(self, z: Tensor) -> Tensor:
@@ -98,20 +98,21 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def distances(self, z: Tensor, codes: Tensor) -> Losses:
-        """The losses, weights included, that draw the scaled z and its codes [B, K, h, w] together."""
+        """The weighted losses that pull the scaled z and its codes [B, K, h, w] together."""
         return {"commitment_loss": self.config.commitment_weight * F.mse_loss(z, codes.detach())}
 
     def forward(self, z: Tensor, assignment: Tensor | None = None, survey: bool = False) -> tuple[Tensor, Losses]:
         """The codes of z [B, K, h, w], with the gradient passed straight through to it, and the losses.
 
         Args:
-            assignment: the mean of what `survey` gives over the batch that z is one of several equal parts of. The mean
-                over the parts then has the losses and gradients of the whole batch.
-            survey: give the mean of all positions' soft assignments to the codes instead, [2^bits], and no losses.
+            assignment: [2^bits], the mean of the results of `survey` over a batch, if z is one of its equal parts. The
+                mean over the parts then has the losses and gradients of the whole batch.
+            survey: instead return the mean over all positions of the soft assignment to the codes [2^bits], without
+                losses.
 
         Returns:
-            codes [B, K, h, w], and scalars: `quantizer_loss`, which is the sum to minimise of those of `distances` and
-            `entropy_loss` = weight (per_sample_entropy - avg_entropy), and the two entropies in nats.
+            codes [B, K, h, w], and scalars: `quantizer_loss`, the loss to minimise, which is the sum of those of
+            `distances` and `entropy_loss` = weight (per_sample_entropy - avg_entropy); the two entropies in nats.
         """
         z = self.scaled(z.float())
         if survey:
@@ -124,19 +125,19 @@ class Quantizer(nn.Module):
         return z + (codes - z).detach(), losses | {"per_sample_entropy": per_sample, "avg_entropy": average}
 
     def _entropies(self, z: Tensor, assignment: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The mean entropy of a position's soft assignment to the codes; gamma times that of the mean one."""
+        """The mean entropy of the soft assignments per position; gamma times the entropy of their mean."""
         each = self._assignments(z)
         mean = each.mean(0)
-        if assignment is not None:  # its value, and the gradient of a part, which is that of the whole in the mean
+        if assignment is not None:  # its value, with the gradient of this part: their mean is that of the batch
             mean = assignment + (mean - mean.detach())
         return _entropy(each).mean(), self.config.entropy_gamma * _entropy(mean)
 
     def _assignments(self, z: Tensor) -> Tensor:
-        """Each position's soft assignment to the codes, [B h w, 2^bits]; all codes have one norm.
+        """Each position's soft assignment to the codes, [B h w, 2^bits]; all codes have the same norm.
 
-        Plainly over the whole codebook: 0.5 GB a copy for 32 images of 256 positions at 14 bits.
+        It is computed over the whole codebook: 0.5 GB per copy for 32 images of 256 positions at 14 bits.
         """
-        with torch.autocast(z.device.type, enabled=False):  # the temperature of 0.01 magnifies bf16's rounding
+        with torch.autocast(z.device.type, enabled=False):  # the temperature of 0.01 amplifies bf16's rounding errors
             affinities = 2 * rearrange(z, "b k h w -> (b h w) k") @ self.codes().T
         return (affinities / self.config.entropy_temperature).softmax(-1)
 

@@ -1,7 +1,7 @@
 """The KL autoencoder between images and continuous latents.
 
-The architecture of latent diffusion (Rombach et al. 2022), in the two geometries that are published with weights:
-VA-VAE f16d32 (Yao et al. 2025) and MAR's KL-16 (Li et al. 2024). The names of the modules are those of the weights.
+It has the architecture of latent diffusion (Rombach et al. 2022), in the two geometries with published weights: VA-VAE
+f16d32 (Yao et al. 2025) and MAR's KL-16 (Li et al. 2024). The names of the modules are those of the weights.
 """
 
 from itertools import pairwise
@@ -16,9 +16,9 @@ from mixar.config import VAEConfig
 
 
 class VAE(nn.Module):
-    """Encoder to the moments of a diagonal Gaussian, decoder from its sample; h = H / stride, C latent channels.
+    """An encoder to the moments of a diagonal Gaussian, a decoder of its samples; h = H / stride, C latent channels.
 
-    The published weights see images in [-1, 1]; that stays in here.
+    The published weights use images in [-1, 1], which is internal to this class.
     """
 
     def __init__(self, cfg: VAEConfig) -> None:
@@ -34,7 +34,7 @@ class VAE(nn.Module):
         return self.quant_conv(self.encoder(images * 2 - 1))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w] in `encode`'s own scale to float32 images [B, 3, H, W], nominally in [0, 1]."""
+        """Latents [B, C, h, w] in the scale of `encode` to float32 images [B, 3, H, W], nominally in [0, 1]."""
         return self.decoder(self.post_quant_conv(latents)).float() / 2 + 0.5
 
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,13 +51,13 @@ def posterior(moments: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def kl(moments: Tensor) -> Tensor:
-    """Divergence [B] of the posterior from the unit Gaussian, in nats, summed over the latents of an image."""
+    """KL divergence [B] of the posterior from the unit Gaussian, in nats, summed over the latents per image."""
     mean, std = posterior(moments)
     return 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).sum(dim=(1, 2, 3))
 
 
 class ResBlock(nn.Module):
-    """[B, inputs, h, w] to [B, outputs, h, w]: two pre-activated convolutions beside the input."""
+    """[B, inputs, h, w] to [B, outputs, h, w]: two pre-activated convolutions, added to the input."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention of one head over the positions of a map [B, width, h, w]."""
+    """Self-attention with one head over the positions of a feature map [B, width, h, w]."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Attention(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, each followed by attention where the level has it."""
+    """The residual blocks of one resolution, each followed by attention if the level has it."""
 
     def __init__(self, inputs: int, width: int, blocks: int, attention: bool) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ def _encoder(cfg: VAEConfig) -> nn.Sequential:
     for i, (inputs, width) in enumerate(pairwise([cfg.width, *widths])):
         level = Level(inputs, width, cfg.blocks, attention=_attends(cfg, i))
         if i < len(widths) - 1:
-            # the published weights expect the zeros at the right and the bottom only
+            # the published weights expect zero padding at the right and the bottom only
             level.downsample = stack(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(width, width, 3, stride=2))
         down.append(level)
     return stack(
@@ -133,7 +133,7 @@ def _encoder(cfg: VAEConfig) -> nn.Sequential:
 
 def _decoder(cfg: VAEConfig) -> nn.Sequential:
     widths = [cfg.width * multiplier for multiplier in cfg.multipliers]
-    up = {}  # the deepest level comes first; each keeps the index of its resolution as its name
+    up = {}  # the deepest level comes first; each is named by the index of its resolution
     for i, (inputs, width) in reversed(list(enumerate(zip([*widths[1:], widths[-1]], widths)))):
         up[str(i)] = Level(inputs, width, cfg.blocks + 1, cfg.decoder_attention and _attends(cfg, i))
         if i > 0:

@@ -1,7 +1,7 @@
-"""A tokenizer of learned codes: VQ-VAE (van den Oord et al. 2017) with the codes on a sphere, as in ViT-VQGAN.
+"""A tokenizer with learned codes: VQ-VAE (van den Oord et al. 2017) with the codes on a sphere, as in ViT-VQGAN.
 
-Codes and what is compared with them have one norm (Yu et al. 2022), so that the nearest code is the one of the smallest
-angle, and no code lies out of reach.
+Codes and encoder outputs have the same norm (Yu et al. 2022), so that the nearest code is the one with the smallest
+angle, and every code can be reached.
 """
 
 import torch
@@ -13,7 +13,7 @@ from mixar.config import TokenizerConfig
 
 
 class VQTokenizer(ConvTokenizer):
-    """A token is the index of the nearest of 2^bits codes of `code_dim` channels."""
+    """A tokenizer whose tokens are indices of the nearest of 2^bits codes of `code_dim` channels."""
 
     def __init__(self, cfg: TokenizerConfig) -> None:
         assert cfg.code_dim is not None
@@ -21,7 +21,7 @@ class VQTokenizer(ConvTokenizer):
 
 
 class VectorQuantizer(Quantizer):
-    """The codes are learned, on the sphere of radius √K, where their channels have the size of MaskBit's."""
+    """A quantizer to learned codes on the sphere of radius √K, whose channels have the size of MaskBit's."""
 
     def __init__(self, cfg: TokenizerConfig, channels: int) -> None:
         super().__init__(cfg)

@@ -1,4 +1,4 @@
-"""Every knob once; defaults < yaml < `key=value`, checked."""
+"""The config: every key is defined once, and set by defaults < yaml < `key=value`, then checked."""
 
 from mixar.config.checks import check_sample, check_sample_values
 from mixar.config.inputs import check_inputs, missing_inputs

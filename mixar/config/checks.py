@@ -1,4 +1,4 @@
-"""Refuse what cannot work, naming the key and what to write instead. Nothing here looks at a disk."""
+"""Checks of a config: messages name the key and what to write instead. Nothing here reads the disk."""
 
 import dataclasses
 import math
@@ -12,10 +12,10 @@ from mixar.errors import SettingError, UserError
 
 
 def validate(config: Config) -> None:
-    """Refuse what cannot work, naming the key and what to write instead.
+    """Refuse a config that cannot work, with a message that names the key and what to write instead.
 
     Raises:
-        UserError: at the first impossible value or combination.
+        UserError: the first impossible value or combination.
     """
     _check_each(config)
     _check_values(config)
@@ -28,17 +28,18 @@ def validate(config: Config) -> None:
 
 
 def check_sample(sample: SampleConfig) -> None:
-    """Sampling settings by themselves and together.
+    """Check sampling settings, each by itself and in combination.
 
     Raises:
-        SettingError: those out of range, and those that do not go together.
+        SettingError: a value is out of range, or settings exclude each other.
     """
     check_sample_values(sample)
     steps, end = sample.diffusion_steps, sample.diffusion_steps_end
     if end is not None and not (steps.isdecimal() and int(steps) >= end):
         raise SettingError(
-            "{} is what a count of diffusion steps falls to, not {}: write {}", ("sample.diffusion_steps_end", end),
-            ("sample.diffusion_steps", steps), ("sample.diffusion_steps", max(50, end)),
+            "{} is the last count of diffusion steps, so that {} must be a count of at least that: write {}",
+            ("sample.diffusion_steps_end", end), ("sample.diffusion_steps", steps),
+            ("sample.diffusion_steps", max(50, end)),
         )  # fmt: skip
     if sample.solver == "dpm" and (steps == "1" or end == 1):
         raise SettingError(
@@ -53,10 +54,10 @@ def check_sample(sample: SampleConfig) -> None:
 
 
 def check_sample_values(sample: SampleConfig) -> None:
-    """Sampling settings, each by itself.
+    """Check sampling settings, each by itself.
 
     Raises:
-        SettingError: the first one that is out of range.
+        SettingError: the first value that is out of range.
     """
     _check_each(sample, "sample.")
     interval = sample.cfg_interval
@@ -69,7 +70,7 @@ def check_sample_values(sample: SampleConfig) -> None:
 
 
 def _check_each(section: Any, prefix: str = "") -> None:
-    """Each value of a section, and of those in it, against the range or the choices of its field."""
+    """Check each value of a section and its sub-sections against the range or the choices of its field."""
     for field in dataclasses.fields(section):
         key, value = prefix + field.name, getattr(section, field.name)
         if dataclasses.is_dataclass(value):
@@ -89,29 +90,29 @@ def _check_each(section: Any, prefix: str = "") -> None:
 
 
 def _check_text(key: str, text: str) -> None:
-    """A path, a name or a respacing."""
+    """Check a string: a path, a name or a respacing."""
     if not text.strip():
         raise SettingError("{} is empty: write {}, or leave it out", (key, ""), (key, "<value>"))
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in text):
-        raise SettingError("{} holds a control character or is not UTF-8: write another name", (key, repr(text)))
+        raise SettingError("{} has a control character or is not UTF-8: write another name", (key, repr(text)))
 
 
 def _check_values(config: Config) -> None:
-    """Lists by their length, and values against the one that they follow by default."""
+    """Check the lengths of lists, and values that must equal another one."""
     for key in ("vae.multipliers", "tokenizer.multipliers"):
         value = get(config, key)
         if not 1 <= len(value) <= LEVELS:
             raise UserError(
-                f"{key}={value} must hold a factor of the width for each of 1 to {LEVELS} levels, as in {key}=[1,2,4]"
+                f"{key}={value} must have a factor of the width for each of 1 to {LEVELS} levels, as in {key}=[1,2,4]"
             )
     tokenizer = config.tokenizer
     if tokenizer.kind != "maskbit" and tokenizer.code_dim is None:
         raise UserError(
-            f"tokenizer.kind={tokenizer.kind} learns its codes: write tokenizer.code_dim=<their channels>, such as 16"
+            f"tokenizer.kind={tokenizer.kind} learns its codes: write tokenizer.code_dim=<channels>, such as 16"
         )
     if tokenizer.kind == "maskbit" and tokenizer.code_dim is not None:
         raise UserError(
-            f"tokenizer.code_dim={tokenizer.code_dim} is of learned codes, those of tokenizer.kind=maskbit are bits: "
+            f"tokenizer.code_dim={tokenizer.code_dim} is for learned codes, not for tokenizer.kind=maskbit: "
             "leave tokenizer.code_dim out, or write tokenizer.kind=vq"
         )
     if len(config.optim.betas) != 2:
@@ -125,7 +126,7 @@ def _check_values(config: Config) -> None:
 
 
 def _check_networks(config: Config) -> None:
-    """Widths, heads, strides and bits that divide."""
+    """Check that widths, strides and bits are divisible."""
     model, prior = config.model, config.prior
     for part in ("model.encoder_", "model.decoder_", "prior."):
         width, heads = get(config, f"{part}width"), get(config, f"{part}heads")
@@ -136,7 +137,7 @@ def _check_networks(config: Config) -> None:
             )
     if model.attention in ("fa3", "fa4") and model.dropout > 0:
         raise UserError(
-            f"model.attention={model.attention} has no dropout, model.dropout={model.dropout} asks for it: "
+            f"model.attention={model.attention} has no dropout, but model.dropout={model.dropout} is set: "
             "write model.dropout=0, or model.attention=fa2"
         )
     if model.attention in ("flash", "cudnn", "fa2", "fa3", "fa4") and config.train.precision == "fp32":
@@ -164,21 +165,21 @@ def _check_networks(config: Config) -> None:
 
 
 def _check_tokens(config: Config) -> None:
-    """Latents, discrete tokens and the model's positions on one grid."""
+    """Check that latents, discrete tokens and the model have the same grid."""
     model, prior = config.model, config.prior
     cells = config.latent_grid
     if config.task == "mixar" and cells != model.grid * model.patch:
         patch = _divisor(cells, model.patch)
         fix = f"model.patch={patch}" if patch != model.patch else f"model.grid={cells // patch}"
         raise UserError(
-            f"the VAE gives {cells}x{cells} latent cells, the model expects model.grid x model.patch "
+            f"the VAE gives {cells}x{cells} latent cells, but the model expects model.grid x model.patch "
             f"= {model.grid * model.patch}: write {fix}"
         )
     needs_codes = config.task == "prior" or (config.task == "mixar" and model.guidance != "none")
     if needs_codes and config.code_grid != model.grid:
         raise UserError(
-            f"the tokenizer gives {config.code_grid}x{config.code_grid} discrete tokens, model.grid is "
-            f"{model.grid}: a tokenizer and a model of one grid are needed; write tokenizer.multipliers with "
+            f"the tokenizer gives {config.code_grid}x{config.code_grid} discrete tokens, but model.grid "
+            f"is {model.grid}, and both must be equal: write tokenizer.multipliers with "
             f"{int(math.log2(max(1, config.data.image_size // model.grid))) + 1} entries"
         )
     subtokens = prior.splits * model.grid**2
@@ -193,7 +194,7 @@ def _check_tokens(config: Config) -> None:
         )
 
 
-# what is an interpolation by default, and cannot be another value
+# keys that are interpolations by default, and cannot have another value
 _FOLLOWS = {
     "prior.bits": "tokenizer.bits",
     "prior.grid": "model.grid",

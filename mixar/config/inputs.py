@@ -1,4 +1,4 @@
-"""The files that a run reads beside its images and shards."""
+"""The files that a run reads in addition to its images and shards."""
 
 import os
 
@@ -8,15 +8,15 @@ from mixar.errors import UserError
 
 
 def check_inputs(config: Config, resumes: bool) -> None:
-    """Refuse a run that would miss one of its files: the frozen networks, `init_from`, `engine.deepspeed`.
+    """Refuse a run if one of its files is missing: the frozen networks, `init_from`, `engine.deepspeed`.
 
-    Their contents are checked by those that read them; this takes no time and no memory.
+    Their contents are checked when they are read; this check takes no time and no memory.
 
     Args:
-        resumes: it goes on from a checkpoint, and needs no first weights.
+        resumes: whether the run resumes from a checkpoint, and does not need initial weights.
 
     Raises:
-        UserError: all that are named and not there.
+        UserError: names all files that are missing.
     """
     keys = [key for key in needed_inputs(config) if not (resumes and key == "init_from")]
     if missing := missing_inputs(config, keys):
@@ -24,7 +24,7 @@ def check_inputs(config: Config, resumes: bool) -> None:
 
 
 def needed_inputs(config: Config) -> list[str]:
-    """The keys that name files which training by `config` reads, at its start, for previews or for its export."""
+    """The keys of files that training reads at its start, for previews or for its export."""
     codecs = {
         "vae": [],
         "tokenizer": [],
@@ -35,7 +35,7 @@ def needed_inputs(config: Config) -> list[str]:
 
 
 def missing_inputs(config: Config, keys: list[str]) -> list[str]:
-    """A sentence for each of `keys` that names what is not there."""
+    """A message for each of `keys` that names a missing file."""
     named = {key: get(config, key) for key in keys}
     return [
         f"{key}={path} is not there: write {key}=<its path>"

@@ -1,4 +1,4 @@
-"""From defaults, a yaml file, its bases and `key=value` to a checked config, and back to plain values."""
+"""Loading of a config from defaults, a yaml file, its bases and `key=value`, and conversion to plain values."""
 
 import dataclasses
 import os
@@ -23,16 +23,16 @@ Section = TypeVar("Section")
 
 
 def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:
-    """Defaults < the bases of the yaml file at `path` < the file < `key=value` overrides, checked.
+    """The checked config of defaults < the bases of the yaml file at `path` < the file < `key=value` overrides.
 
-    A line `base: other.yaml` in a file takes the values of that file, by its path from the file's own folder or by the
-    name of a config that travels with mixar. It may have a base itself.
+    A line `base: other.yaml` in a file includes the values of that file, given by its path from the file's own folder
+    or by the name of a config that ships with mixar. A base may have a base itself.
 
-    `trust_pickle` holds for one command, so that it is heeded in an override only.
+    `trust_pickle` applies to a single command, so it is ignored except in an override.
 
     Raises:
-        UserError: a file that is missing or no yaml, bases that go in a circle, an unknown key, a wrong type, an
-            impossible combination.
+        UserError: a file is missing or is not yaml, bases form a circle, a key is unknown, a type is wrong, or a
+            combination is impossible.
     """
     merged = _defaults()
     layers = [] if path is None else [(values, str(file)) for file, values in _read_files(path).items()]
@@ -48,7 +48,7 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
     config = _to_object(merged)
     validate(config)
     if trusting and not config.trust_pickle:
-        print(f"{path}: trust_pickle is not heeded in a file: pass --trust-pickle if you trust the weights",
+        print(f"{path}: trust_pickle is ignored in a file: pass --trust-pickle if you trust the weights",
               file=sys.stderr)  # fmt: skip
     return config
 
@@ -57,17 +57,17 @@ def value_of(config: Config, key: str) -> Any:
     """The value at a dotted key.
 
     Raises:
-        UserError: no such key, or a section.
+        UserError: there is no such key, or it is a section.
     """
     _check_keys(_nested(key, None), Config, key)
     return get(config, key)
 
 
 def section_from_dict(section: type[Section], values: dict[str, Any], source: str) -> Section:
-    """The dataclass `section` from plain values, such as an export's config.json, all of them given.
+    """The dataclass `section` from the complete plain values of, for example, an export's config.json.
 
     Raises:
-        UserError: an unknown key or a wrong type.
+        UserError: a key is unknown or a type is wrong.
     """
     name = next((name for name, kind in typing.get_type_hints(Config).items() if kind is section), "")
     sections = {name: MISSING.get(name, {}) | values}
@@ -87,17 +87,17 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    """The whole resolved config as yaml, for `load_config`; trust in pickles is never among it."""
+    """The complete resolved config as yaml, for `load_config`, without `trust_pickle`."""
     return OmegaConf.to_yaml(OmegaConf.create(_literal(to_dict(config) | {"trust_pickle": False})))
 
 
 @cache
 def _defaults() -> Any:
-    return OmegaConf.structured(Config)  # takes longer than all that follows
+    return OmegaConf.structured(Config)  # the slowest part of loading
 
 
 def config_files(path: str | Path) -> list[Path]:
-    """The files that a config is read from: its bases, the first first, and itself. UserError as `load_config`."""
+    """The files of a config: its bases, the lowest first, and itself. Raises UserError as `load_config`."""
     return list(_read_files(path))
 
 
@@ -116,18 +116,18 @@ def _read_files(path: str | Path) -> dict[Path, dict[str, Any]]:
 
 
 def _find_base(base: Any, file: Path, found: list[Path]) -> Path:
-    """The file that the line `base: {base}` of `file` means, when `found` have been read."""
+    """The file named by the line `base: {base}` of `file`, after `found` have been read."""
     if not isinstance(base, str) or not base:
         raise UserError(f"{file} has base: {base}, which is not a path: write the path of a yaml file, or no base")
     beside = Path(os.path.normpath(file.parent / base))
     there = find_config(base) if base in config_names() and not beside.exists() else beside
     if there.resolve() in [path.resolve() for path in found]:
         circle = " -> ".join(map(str, [*found, there]))
-        raise UserError(f"base: {base} in {file} makes a circle, {circle}: take the line out of one of them")
+        raise UserError(f"base: {base} in {file} makes a circle, {circle}: remove the line from one of them")
     if not there.is_file():
         hint = did_you_mean(base, [path.name for path in file.parent.glob("*.yaml") if path not in found])
         raise UserError(
-            f"base: {base} in {file} names {there}, where no file is: write its path from {file.parent} on, or the "
+            f"base: {base} in {file} names {there}, which does not exist: write its path from {file.parent}, or the "
             f"name of a config, such as base: mixar_l.{hint}"
         )
     return there
@@ -140,7 +140,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} is not text in UTF-8: name a yaml file, or save it in UTF-8") from None
     try:
         values = OmegaConf.to_container(OmegaConf.create(text))
-    except Exception as error:  # of yaml, of omegaconf, and what their own code runs into
+    except Exception as error:  # of yaml or omegaconf, which may raise anything
         raise UserError(f"{file} is not valid yaml: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{file} must hold `key: value` lines, not a list")
@@ -150,7 +150,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 
 def _read_override(text: str) -> dict[str, Any]:
-    """A string is taken as typed; numbers, lists and the like are read as yaml."""
+    """The nested values of an override; a string is taken as typed, other types are read as yaml."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise UserError(f"'{text}' is not an override: write key=value, such as train.batch=256")
@@ -171,13 +171,13 @@ def _read_override(text: str) -> dict[str, Any]:
 
 
 def _restore_strings(values: dict[str, Any], texts: Any, schema: type) -> None:
-    """Give strings the text that stands in the file: yaml makes a number of 007, and true of on."""
+    """Replace strings by their text in the file, since yaml converts 007 to a number and on to true."""
     for key, kind in typing.get_type_hints(schema).items():
         value = values.get(key)
         if dataclasses.is_dataclass(kind) and isinstance(value, dict):
             _restore_strings(value, texts.get(key, {}), typing.cast(type, kind))
         elif kind in (str, str | None) and isinstance(value, (bool, int, float)):
-            values[key] = texts.get(key, value)  # of a merge key (<<) the text is elsewhere
+            values[key] = texts.get(key, value)  # the text of a merge key (<<) is elsewhere
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
 
 
 def _type_at(key: str) -> Any:
-    """The type of a dotted key, None for one that is not known."""
+    """The type of a dotted key, None if it is unknown."""
     kind: Any = Config
     for part in key.split("."):
         kind = typing.get_type_hints(kind).get(part) if dataclasses.is_dataclass(kind) else None
@@ -196,7 +196,7 @@ def _type_at(key: str) -> Any:
 
 
 def _literal(value: Any) -> Any:
-    """`value` with its strings escaped, so that omegaconf takes `${` in them for what it says."""
+    """`value` with its strings escaped, so that omegaconf takes `${` in them literally."""
     if isinstance(value, dict):
         return {key: _literal(inner) for key, inner in value.items()}
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
@@ -215,7 +215,7 @@ def _check_keys(values: dict[str, Any], schema: type, source: str, prefix: str =
             hint = f" Did you mean {' or '.join(homes)}?" if homes else similar
             raise UserError(f"{source}: unknown key '{prefix}{key}'.{hint or ' Known: ' + ', '.join(fields)}")
         if value == "???":
-            raise UserError(f"{source}: '{prefix}{key}' has no value, ??? stands for none: write {prefix}{key}=<value>")
+            raise UserError(f"{source}: '{prefix}{key}' is ???, which means no value: write {prefix}{key}=<value>")
         if dataclasses.is_dataclass(fields[key]):
             if not isinstance(value, dict):
                 inner = next(iter(typing.get_type_hints(fields[key])))
@@ -231,13 +231,13 @@ def _type_message(error: Exception, source: str) -> str:
         wanted = expected[key.rpartition(".")[2]]
         reason += f" Write {key}=<{wanted.__name__ if isinstance(wanted, type) else wanted}>."
     except (AttributeError, KeyError):
-        pass  # the key could not be placed; omegaconf's own reason stands alone
+        pass  # the key's type was not found, so omegaconf's own reason is used alone
     return f"{source}: {key}: {reason}"
 
 
 def _to_object(merged: Any) -> Config:
     try:
-        if OmegaConf.is_missing(merged.model, "grid"):  # it follows from three values, which no interpolation can do
+        if OmegaConf.is_missing(merged.model, "grid"):  # it depends on three values: no interpolation can
             cells = merged.data.image_size // stride(merged.vae.multipliers)
             merged = OmegaConf.merge(merged, {"model": {"grid": max(1, cells // max(1, merged.model.patch))}})
         return typing.cast(Config, OmegaConf.to_object(merged))

@@ -1,8 +1,8 @@
-"""What earlier versions wrote into configs and exports, translated to the keys of now as it is read."""
+"""Configs and exports of earlier versions, whose keys are translated to the current ones on reading."""
 
 from typing import Any
 
-# what an export leaves out that was made before the key was there, by section
+# values of keys that are newer than some exports, by section
 MISSING: dict[str, dict[str, Any]] = {"model": {"code_dim": None}}
 RENAMED = {  # of `sample`, when "guidance" meant both how discrete tokens enter and classifier-free guidance
     "guidance": "cfg_scale", "guidance_schedule": "cfg_schedule", "guidance_interval": "cfg_interval",
@@ -12,10 +12,10 @@ RENAMED = {  # of `sample`, when "guidance" meant both how discrete tokens enter
 
 
 def upgrade(sections: dict[str, Any], image_size: int | None = None, multipliers: list[int] | None = None) -> None:
-    """Rewrite sections of a config in place. They come as read from a file: none of their values has been checked.
+    """Rewrite sections of a config in place. They are as read from a file, with unchecked values.
 
     Args:
-        image_size, multipliers: `data.image_size` and `vae.multipliers` where the sections leave them out.
+        image_size, multipliers: `data.image_size` and `vae.multipliers`, if they are missing in the sections.
     """
     vae, tokenizer = _section(sections, "vae"), _section(sections, "tokenizer")
     # both codecs kept the data's image size, and attention went by the side of a feature map of such an image
@@ -30,7 +30,7 @@ def upgrade(sections: dict[str, Any], image_size: int | None = None, multipliers
 
 
 def renamed(sample: dict[str, Any]) -> dict[str, Any]:
-    """Settings of sampling under their present names."""
+    """Sampling settings under their current names."""
     return {RENAMED.get(name, name): value for name, value in sample.items()}
 
 

@@ -1,4 +1,4 @@
-"""How a step's batch is laid over ranks and over the passes of each."""
+"""The division of a step's batch over ranks, and over the passes of each rank."""
 
 import math
 
@@ -7,10 +7,10 @@ from mixar.errors import UserError
 
 
 def images_per_pass(config: Config, ranks: int) -> int:
-    """The micro-batch of a run on so many ranks: `train.micro_batch`, else each rank's whole share of the batch.
+    """The micro-batch of a run on `ranks` ranks: `train.micro_batch`, or each rank's complete share of the batch.
 
     Raises:
-        UserError: a batch that does not divide over the ranks, a share into passes, or a pass into groups of masks.
+        UserError: the batch does not divide over the ranks, a share not into passes, or a pass not into mask groups.
     """
     batch, mask = config.train.batch, config.mask
     if batch % ranks:

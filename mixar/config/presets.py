@@ -1,8 +1,8 @@
-"""Ways to sample, from the reference's own to the fastest, chosen on a grid as `mixar evaluate --grid` measures it."""
+"""Presets of sampling, from the reference's settings to the fastest, chosen by `mixar evaluate --grid`."""
 
 from typing import Any
 
-# of SampleConfig; what a preset leaves out stays as the export has it
+# keys of SampleConfig; the others keep the values of the export
 PRESETS: dict[str, dict[str, Any]] = {
     "exact": {
         "steps": 64, "order": "random", "solver": "ddpm", "diffusion_steps": "100", "diffusion_steps_end": None,

@@ -1,4 +1,4 @@
-"""Which times of its training a shorter sampling keeps."""
+"""Respacing: the times of training that are kept in sampling with fewer steps."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,11 +12,11 @@ def respaced_steps(spec: str, steps: int = STEPS) -> list[int]:
     """The training steps that a respacing keeps, ascending.
 
     Args:
-        spec: "K" for K evenly spaced, "a,b,c" for so many in equal sections of the schedule, "ddimK" for the one
-            integer stride that gives K.
+        spec: "K" for K evenly spaced steps, "a,b,c" for these counts in equal sections of the schedule, "ddimK" for
+            the integer stride that gives K steps.
 
     Raises:
-        SettingError: a spec that is none of these or asks for more steps than there are.
+        SettingError: the spec is not one of these or needs more steps than there are.
     """
     try:
         if spec.startswith("ddim"):
@@ -42,7 +42,7 @@ def respaced_steps(spec: str, steps: int = STEPS) -> list[int]:
                 ("sample.diffusion_steps", spec), ("sample.diffusion_start", STEPS - 1),
             )  # fmt: skip
         spacing = (size - 1) / (count - 1) if count > 1 else 1.0
-        offset = 0.0  # accumulated, as the reference does: the rounding below depends on it
+        offset = 0.0  # accumulated as in the reference, since the rounding below depends on it
         for _ in range(count):
             kept.append(start + round(offset))
             offset += spacing
@@ -54,10 +54,10 @@ def even_times(spec: str, steps: int = STEPS) -> list[float]:
     """The times of K steps of flow matching, ascending: `steps` / 1000 of the whole, divided evenly, without 0.
 
     Args:
-        spec: "K", a count.
+        spec: "K", the number of steps.
 
     Raises:
-        SettingError: a spec that is not one.
+        SettingError: the spec is not a count.
     """
     if not spec.isdecimal() or not 1 <= int(spec) <= STEPS:
         raise SettingError(

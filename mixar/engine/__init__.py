@@ -1,4 +1,4 @@
-"""How a model is stepped over the ranks of a run: accumulation, clipping, finite check, optimizer, EMA."""
+"""Engines, the optimizer steps over the ranks of a run: accumulation, clipping, finite check, optimizer, EMA."""
 
 from mixar.config import Config
 from mixar.dist import Place
@@ -10,9 +10,9 @@ __all__ = ["Engine", "Scalars", "StepInfo", "Trainable", "build_engine", "choose
 
 
 def choose_engine(cfg: Config, place: Place) -> tuple[str, str]:
-    """The engine of a run, and why it is that one."""
+    """The engine of a run, and the reason for it."""
     if cfg.engine.name is not None:
-        return cfg.engine.name, "engine.name names it"
+        return cfg.engine.name, "engine.name says so"
     if place.world == 1:
         return "ddp", "there is one process"
     if place.launcher == "deepspeed":
@@ -21,16 +21,16 @@ def choose_engine(cfg: Config, place: Place) -> tuple[str, str]:
 
 
 def build_engine(cfg: Config, task: Trainable, place: Place) -> Engine:
-    """The engine that `choose_engine` chooses, its weights at their first values; a collective.
+    """The engine that `choose_engine` chooses, with its initial weights; a collective.
 
     Raises:
-        UserError: a DeepSpeed file that cannot be read or contradicts the config.
+        UserError: the DeepSpeed file cannot be read or contradicts the config.
     """
     name, _ = choose_engine(cfg, place)
     if name == "ddp":
         return ReplicatedEngine(cfg, task, place)
     if name in ("fsdp", "hsdp"):
         return FSDPEngine(cfg, task, place, hybrid=name == "hsdp")
-    from mixar.engine.zero import ZeroEngine  # brings DeepSpeed, which takes seconds
+    from mixar.engine.zero import ZeroEngine  # imports DeepSpeed, which takes seconds
 
     return ZeroEngine(cfg, task, place, int(name.removeprefix("zero")))

@@ -1,4 +1,4 @@
-"""What the trainer sees of an engine, and what engines share; they differ in who holds which slice of the weights."""
+"""The interface of engines and what they share; they differ in which rank holds which slice of the weights."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -22,15 +22,15 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass
 class StepInfo:
-    """One optimizer step, all on the device: nothing here has been waited for.
+    """The result of an optimizer step, on the device: reading its values waits for the device.
 
     Attributes:
         loss: [], the mean over the step's images of all ranks.
-        grad_norm: [], before clipping, of all ranks' mean gradient.
-        finite: [], 1 where the step was taken, 0 where a non-finite loss or gradient norm made it skip; the same on all
-            ranks.
-        scalars: sums and counts of this rank's images.
-        ema_distance: [], ‖ema - live‖ over all parameters; None in steps that do not measure it.
+        grad_norm: [], the norm of the mean gradient of all ranks, before clipping.
+        finite: [], 1 if the step was taken, 0 if it was skipped because of a non-finite loss or gradient norm; the same
+            on all ranks.
+        scalars: sums and counts over this rank's images.
+        ema_distance: [], ‖ema - live‖ over all parameters; None if it was not measured in this step.
     """
 
     loss: Tensor
@@ -41,13 +41,13 @@ class StepInfo:
 
 
 class Trainable(Protocol):
-    """What an engine needs to know of the thing it trains."""
+    """The interface of a task that an engine trains."""
 
     def build(self) -> nn.Module:
-        """The network. Its values do not matter: the engine builds it without any, and fills it by `initial`."""
+        """The network. The engine builds it without values, and fills it by `initial`."""
 
     def initial(self, name: str, like: Tensor) -> Tensor:
-        """The first value of a parameter or buffer, float32 on the CPU, the same on every rank."""
+        """The initial value of a parameter or buffer, float32 on the CPU, the same on every rank."""
 
     def decays(self, name: str, parameter: Tensor) -> bool:
         """Whether weight decay acts on this parameter."""
@@ -55,25 +55,25 @@ class Trainable(Protocol):
     def loss(self, model: nn.Module, batch: Any, epoch: float) -> tuple[Tensor, Scalars]:
         """The mean loss of the batch's images, and scalars as (sum, count)."""
 
-    # A task may also have `survey(model, batches, mean)`: called without gradient before the passes of a step, where
-    # there are several or several ranks, for a loss that is no mean over images. `mean` takes the mean over the ranks.
+    # A task may also have `survey(model, batches, mean)`, for a loss that is not a mean over images: it is called
+    # without gradients before a step with several passes or several ranks. `mean` takes the mean over the ranks.
 
 
 class Engine(ABC):
     """Accumulation, clipping, finite check, AdamW, EMA and learning rate over the ranks of a run.
 
-    The trainer knows `step`, `full_weights`, `save` and `load`, and nothing of how the weights are laid over ranks. All
-    four are collectives. Weights, gradients, moments and EMA are float32; bf16 is autocast.
+    The trainer uses `step`, `full_weights`, `save` and `load`, and does not know how the weights are sharded. All four
+    are collectives. Weights, gradients, moments and EMA are float32; bf16 is autocast.
 
     Attributes, set by the subclass:
-        model: what a step calls.
+        model: the module that a step calls.
         optimizer: AdamW on the slices.
         shapes: of every trained parameter, by name, in the same order on every rank.
         slices: this rank's share of the float32 weights, by parameter name; none of them is empty.
-        moments: AdamW's two, 1-D, the same elements, by name and parameter.
-        buffers: the model's buffers, whole on every rank.
-        peers: the ranks that together hold all slices once; None where each holds all of them.
-        copies: which of how many holders of the same slices this rank is.
+        moments: AdamW's two moments of the same elements, 1-D, by moment and parameter name.
+        buffers: the model's buffers, complete on every rank.
+        peers: the ranks that together hold all slices once; None if each holds all of them.
+        copies: (i, n): this rank is the i-th of n that hold the same slices.
     """
 
     model: nn.Module
@@ -88,13 +88,13 @@ class Engine(ABC):
     def __init__(self, cfg: Config, task: Trainable, place: Place) -> None:
         self.cfg, self.loss, self.place = cfg, task.loss, place
         self.survey = getattr(task, "survey", None)
-        self.updates = torch.zeros(1, device=place.device)  # steps taken, skipped ones not counted
+        self.updates = torch.zeros(1, device=place.device)  # number of steps taken, without skipped ones
 
     def step(self, batches: Sequence[Any], epoch: float, measure: bool = False) -> StepInfo:
         """One optimizer step over the micro-batches of this rank, `epoch` epochs into the run.
 
         Args:
-            measure: also find the distance between EMA and live weights.
+            measure: also compute the distance between EMA and live weights.
         """
         self.model.train()
         for group in self.optimizer.param_groups:
@@ -118,7 +118,7 @@ class Engine(ABC):
         return StepInfo(total, norm, finite, scalars, self._ema_distance() if measure else None)
 
     def _micro_batch(self, last: bool) -> AbstractContextManager:
-        """A context of one micro-batch; only in the last one need the ranks exchange gradients."""
+        """The context of a micro-batch; the ranks need to exchange gradients only in the last one."""
         return nullcontext()
 
     @abstractmethod
@@ -127,14 +127,14 @@ class Engine(ABC):
 
     @abstractmethod
     def _update(self, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """Clip, and step unless loss or gradient are not finite: the gradient norm and whether it did, [] each."""
+        """Clip, and step if loss and gradient are finite: the gradient norm and whether it stepped, [] each."""
 
     @abstractmethod
     def _publish(self) -> None:
-        """Bring the slices, just written to, and `updates` to where training reads them."""
+        """Copy the slices, just written to, and `updates` to the tensors that training reads."""
 
     def _begin(self, task: Trainable) -> None:
-        """Fill the weights, and start the EMA from them. The last thing a constructor does."""
+        """Fill the weights, and start the EMA from them; the last call of a constructor."""
         for name, piece in self.slices.items():
             piece.flat.copy_(piece.of(task.initial(name, torch.empty(piece.shape, device="meta"))))
         for name, buffer in self.buffers.items():
@@ -143,13 +143,13 @@ class Engine(ABC):
         self.ema = {name: piece.flat.clone() for name, piece in self.slices.items()}
 
     def _mean_of_ranks(self, total: Tensor) -> Tensor:
-        """The mean of what each rank found over equally many images."""
+        """The mean over ranks of `total`, which is over equally many images on each."""
         if self.place.world > 1:
             c10d.all_reduce(total)
         return total / self.place.world
 
     def _sum_over_slices(self, squares: Tensor) -> Tensor:
-        """What each rank found on its own slices, summed over all slices."""
+        """The sum over all slices of `squares`, which is over this rank's own."""
         if self.peers is not None:
             c10d.all_reduce(squares, group=self.peers)
         return squares
@@ -161,7 +161,7 @@ class Engine(ABC):
         if cfg.ema_warmup:
             decay = torch.minimum(decay, (1 + self.updates) / (10 + self.updates))
         self.updates += finite
-        weight = ((1 - decay) * finite).squeeze()  # a tensor: a number would have to wait for the device
+        weight = ((1 - decay) * finite).squeeze()  # a tensor, since a number would wait for the device
         live = [piece.flat for piece in self.slices.values()]
         if live:
             torch._foreach_lerp_(list(self.ema.values()), live, [weight] * len(live))
@@ -175,9 +175,9 @@ class Engine(ABC):
 
     @torch.no_grad()
     def full_weights(self, which: str) -> dict[str, Tensor]:
-        """The whole `live` or `ema` state dict, float32 on the CPU of rank 0; empty on the other ranks.
+        """The complete `live` or `ema` state dict, float32 on the CPU of rank 0; empty on the other ranks.
 
-        Every rank must call it: the slices travel, one parameter at a time.
+        A collective: the slices are gathered, one parameter at a time.
         """
         state = {name: buffer.to("cpu", copy=True) for name, buffer in self.buffers.items()}
         for name, shape in self.shapes.items():
@@ -189,7 +189,7 @@ class Engine(ABC):
         return state if self.place.is_main else {}
 
     def _assemble(self, shape: torch.Size, start: int, flat: Tensor | None) -> Tensor:
-        """The whole tensor of which this rank holds `flat` from element `start` on."""
+        """The complete tensor of which this rank holds `flat`, starting at element `start`."""
         if self.peers is None:
             assert flat is not None
             return flat.view(shape)
@@ -209,7 +209,7 @@ class Engine(ABC):
         return full.view(shape)
 
     def _state(self) -> dict[str, Slice]:
-        """All that a checkpoint holds, as views of this rank's memory."""
+        """Everything that a checkpoint holds, as views of this rank's memory."""
         state: dict[str, Slice] = {}
         for name, piece in self.slices.items():
             state |= {f"model.{name}": piece, f"ema.{name}": piece.like(self.ema[name])}
@@ -218,9 +218,10 @@ class Engine(ABC):
         return state | {name: Slice(value.shape, 0, value.view(-1)) for name, value in whole.items()}
 
     def save(self) -> dict[str, Slice]:
-        """This rank's part of a checkpoint, copied to the CPU: training may go on while it is written.
+        """This rank's part of a checkpoint, copied to the CPU, so that training can continue while it is written.
 
-        Who holds the same slices takes turns, and what is whole everywhere is rank 0's, so each element is in one part.
+        Ranks with identical slices divide the saving among themselves, and rank 0 saves what is complete on every rank,
+        so that each element is saved once.
         """
         turn, copies = self.copies
         state = {name: piece for i, (name, piece) in enumerate(sorted(self._state().items())) if i % copies == turn}
@@ -233,12 +234,12 @@ class Engine(ABC):
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        """Read what the ranks of any engine saved, whatever their number.
+        """Load a checkpoint of any engine and any number of ranks.
 
         Raises:
-            CheckpointException: on every rank, for a damaged checkpoint or one of another model.
+            CheckpointException: on every rank, if the checkpoint is damaged or belongs to another model.
         """
-        # aside first: a checkpoint that turns out damaged must leave what is there as it was
+        # into copies first: a damaged checkpoint must leave the current state unchanged
         state = self._state()
         read = {name: piece.like(piece.flat.to("cpu", copy=True)) for name, piece in state.items()}
         load_slices(read, folder, c10d.group.WORLD if self.place.world > 1 else None)

@@ -1,4 +1,4 @@
-"""What is done to a network's blocks before it is sharded: recompute their activations, compile them. In that order."""
+"""Preparation of a network's blocks before it is sharded: activation recomputation, then compilation."""
 
 import functools
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from mixar.config import EngineConfig
 
 
 def blocks_of(network: nn.Module, part: str | None = None) -> list[nn.Module]:
-    """The modules that are recomputed, compiled and sharded one by one, as the network declares them by its `blocks`.
+    """The modules that are recomputed, compiled and sharded one by one, as the network's `blocks` lists them.
 
     Args:
         part: `backbone` or `head`; None for both.
@@ -22,9 +22,9 @@ def blocks_of(network: nn.Module, part: str | None = None) -> list[nn.Module]:
 
 
 def prepare_blocks(network: nn.Module, cfg: EngineConfig) -> None:
-    """Recompute and compile as `cfg` says.
+    """Set up recomputation and compilation as `cfg` says.
 
-    Only `forward` is replaced: names stay those of the plain network, and the hooks of sharding stay out of the graph.
+    Only `forward` is replaced, so that parameter names do not change, and the hooks of sharding stay out of the graph.
     """
     again = {"none": [], "backbone": ["backbone"], "head": ["head"], "all": ["backbone", "head"]}[cfg.recompute]
     recomputed = {id(module) for part in again for module in blocks_of(network, part)}

@@ -1,4 +1,4 @@
-"""The engines of torch itself: replicated weights (DDP, or one process), and FSDP2, flat or hybrid."""
+"""The engines of torch itself: replicated weights (DDP, or a single process), and FSDP2, flat or hybrid."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
@@ -21,11 +21,11 @@ from mixar.engine.slices import Slice
 
 
 class NativeEngine(Engine):
-    """The step that DDP and FSDP2 share. AdamW works on this rank's slices, not knowing how they are cut."""
+    """The step that DDP and FSDP2 share. AdamW works on this rank's slices, however they are cut."""
 
     def __init__(self, cfg: Config, task: Trainable, place: Place) -> None:
         super().__init__(cfg, task, place)
-        with torch.device("meta"):  # nothing is allocated before it is clear which part of it is held here
+        with torch.device("meta"):  # memory is allocated only for this rank's shards
             network = task.build()
         prepare_blocks(network, cfg.engine)
         self._shard(network)
@@ -47,10 +47,10 @@ class NativeEngine(Engine):
         self._begin(task)
 
     def _shard(self, network: nn.Module) -> None:
-        """Cut the network, still without memory, into this rank's shards."""
+        """Shard the network, which is still on the meta device."""
 
     def _replicate(self, network: nn.Module) -> nn.Module:
-        """The module to call in a step, with what makes the ranks' gradients one."""
+        """The module to call in a step, wrapped so that the gradients are averaged over the ranks."""
         return network
 
     def _slice(self, p: Tensor) -> Slice:
@@ -63,7 +63,7 @@ class NativeEngine(Engine):
     def _update(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         norm = self._clip()
         finite = (torch.isfinite(norm) & torch.isfinite(loss)).float()
-        # the optimizer leaves everything as it is where `found_inf` is set
+        # the optimizer changes nothing if `found_inf` is set
         self.optimizer.grad_scale, self.optimizer.found_inf = None, 1 - finite  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -71,7 +71,7 @@ class NativeEngine(Engine):
         return norm, finite
 
     def _clip(self) -> Tensor:
-        """Hand the gradients to the optimizer's slices and clip them: the norm before, of all parameters."""
+        """Pass the gradients to the optimizer's slices and clip them; the norm over all parameters before clipping."""
         gradients = []
         for name, piece in self.slices.items():
             gradient = self.parameters[name].grad
@@ -88,19 +88,19 @@ class NativeEngine(Engine):
         return norm
 
     def _publish(self) -> None:
-        for state in self.optimizer.state.values():  # the weights are the slices' own memory
+        for state in self.optimizer.state.values():  # the weights share their memory with the slices
             state["step"].copy_(self.updates.squeeze())
 
 
 class ReplicatedEngine(NativeEngine):
-    """Every rank holds all weights: DDP, or a process by itself."""
+    """Every rank holds all weights: DDP, or a single process."""
 
     def _replicate(self, network: nn.Module) -> nn.Module:
         if self.place.world == 1:
             return network
         self.copies = (self.place.rank, self.place.world)
         device = [self.place.device] if self.place.device.type == "cuda" else None
-        # nothing to send: the weights, still without values here, are the same function of seed and name on all ranks
+        # nothing to broadcast: the initial weights are the same function of seed and name on all ranks
         return DistributedDataParallel(
             network, device, gradient_as_bucket_view=True, init_sync=False, broadcast_buffers=False
         )
@@ -110,9 +110,9 @@ class ReplicatedEngine(NativeEngine):
 
 
 class FSDPEngine(NativeEngine):
-    """FSDP2: weights, gradients, moments and EMA in shards; over all ranks, or inside a node and replicated across.
+    """FSDP2: weights, gradients, moments and EMA sharded over all ranks, or within a node and replicated across nodes.
 
-    All of them travel as float32, so that norms and embeddings see the weights that the other engines see.
+    They are communicated as float32, so that norms and embeddings use the same weights as with the other engines.
     """
 
     def __init__(self, cfg: Config, task: Trainable, place: Place, hybrid: bool) -> None:
@@ -130,7 +130,7 @@ class FSDPEngine(NativeEngine):
             mesh = init_device_mesh(place.device.type, (place.world,), mesh_dim_names=("rank",))
             self.peers = mesh.get_group("rank")
         for module in blocks_of(network):
-            # inside a node, to gather once a step costs memory and saves half of the traffic
+            # within a node, gathering once per step costs memory and saves half of the traffic
             fully_shard(module, mesh=mesh, reshard_after_forward=not self.hybrid)
         fully_shard(network, mesh=mesh)
 

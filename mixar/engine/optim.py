@@ -15,12 +15,12 @@ from mixar.errors import UserError
 def build_optimizer(
     parameters: dict[str, Tensor], cfg: OptimConfig, decays: Callable[[str], bool]
 ) -> torch.optim.Optimizer:
-    """AdamW in two groups, with and without weight decay, as `decays(name)` says.
+    """AdamW in two groups, with and without weight decay, divided by `decays(name)`.
 
-    Its step does nothing where its attribute `found_inf` is set.
+    Its step does nothing if its attribute `found_inf` is set.
 
     Raises:
-        UserError: `optim.implementation=apex` without a card or without NVIDIA's apex.
+        UserError: `optim.implementation=apex` without a CUDA card or without NVIDIA's apex.
     """
     groups = [
         {
@@ -29,30 +29,30 @@ def build_optimizer(
         }
         for decay in (True, False)
     ]
-    # a rank may hold no slice of a small model, and AdamW wants a parameter
+    # a rank may hold no slice of a small model, but AdamW needs a parameter
     filled = [group for group in groups if group["params"]] or [{"params": [torch.zeros(1)]}]
     betas = (cfg.betas[0], cfg.betas[1])
     if cfg.implementation == "torch":
-        return torch.optim.AdamW(filled, lr=0.0, betas=betas, fused=True)  # skips without asking the host
+        return torch.optim.AdamW(filled, lr=0.0, betas=betas, fused=True)  # skips without a synchronisation
     if not all(p.is_cuda for p in parameters.values()):
-        raise UserError("optim.implementation=apex needs a CUDA card, this is a CPU: write optim.implementation=torch")
+        raise UserError("optim.implementation=apex needs a CUDA card, not a CPU: write optim.implementation=torch")
     return apex_adamw(filled, betas)
 
 
 def apex_adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.Optimizer:
-    """apex's FusedAdam as AdamW, with the skipping and the state of torch's.
+    """apex's FusedAdam as AdamW, with the skipping and the state of torch's AdamW.
 
     Raises:
-        UserError: without NVIDIA's apex.
+        UserError: NVIDIA's apex is missing.
     """
     try:
         fused_adam: Any = importlib.import_module("apex.optimizers").FusedAdam
 
-        class Apex(fused_adam):  # the base is known at run time only
+        class Apex(fused_adam):  # the base class is known only at run time
             found_inf: torch.Tensor | None = None
 
             def step(self) -> None:
-                # one wait for the device: this kernel always writes
+                # waits for the device once, since this kernel always writes
                 if self.found_inf is not None and self.found_inf.item():
                     return
                 for group in self.param_groups:
@@ -63,16 +63,16 @@ def apex_adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torc
                 super().step()
 
         return Apex(groups, lr=0.0, betas=betas, adam_w_mode=True)
-    except Exception as error:  # without its CUDA extension it fails in ways of its own
+    except Exception as error:  # without its CUDA extension it may raise anything
         reason = " ".join(str(error).split())
         raise UserError(
-            "optim.implementation=apex needs NVIDIA's apex, built of github.com/NVIDIA/apex with its CUDA extensions; "
+            "optim.implementation=apex needs NVIDIA's apex, built from github.com/NVIDIA/apex with CUDA extensions; "
             f"PyPI's apex is another package ({reason}): install it, or write optim.implementation=torch"
         ) from None
 
 
 def learning_rate(cfg: Config, epoch: float) -> float:
-    """lr after `epoch` epochs: linear scaling with the global batch, linear warm-up, then the schedule."""
+    """The learning rate after `epoch` epochs: linear in the global batch, linear warm-up, then the schedule."""
     optim, train = cfg.optim, cfg.train
     peak = optim.lr * train.batch / 256
     if epoch < optim.warmup_epochs:

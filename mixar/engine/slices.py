@@ -1,7 +1,8 @@
-"""Tensors of which each rank holds a run of elements, and torch.distributed.checkpoint's way to them.
+"""Tensors of which each rank holds a contiguous slice, saved and loaded by torch.distributed.checkpoint.
 
-Whatever an engine shards by, rows or flat partitions, a rank's share of a tensor is one run of its flattened elements.
-Files hold the tensors in their own shapes, so that every engine, `mixar export` and torch's own tools read any of them.
+Whether an engine shards by rows or by flat partitions, a rank's share of a tensor is a contiguous range of its
+flattened elements. Files hold the tensors in their own shapes, so that every engine, `mixar export` and torch's own
+tools can read them.
 """
 
 import math
@@ -26,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-# said for every checkpoint of a lone process, which is just what is meant
+# torch warns at every checkpoint of a single process, which is intended here
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
@@ -35,7 +36,7 @@ class Slice:
     """Elements `start` to `start + len(flat)` of a tensor of `shape`, flattened.
 
     Attributes:
-        flat: 1-D, shares its memory with the engine's own tensor.
+        flat: 1-D; shares its memory with the engine's own tensor.
     """
 
     shape: torch.Size
@@ -43,15 +44,15 @@ class Slice:
     flat: Tensor
 
     def like(self, flat: Tensor) -> "Slice":
-        """The same elements of another tensor of this shape."""
+        """A slice of the same elements of another tensor of this shape, with the values `flat`."""
         return Slice(self.shape, self.start, flat)
 
     def of(self, full: Tensor) -> Tensor:
-        """These elements of the whole tensor `full`."""
+        """These elements of the complete tensor `full`."""
         return full.reshape(-1)[self.start : self.start + len(self.flat)]
 
     def blocks(self) -> dict[torch.Size, Tensor]:
-        """The slice as rectangles of the tensor, by their offsets: of a matrix a part of a row, whole rows, a part."""
+        """The slice as rectangles of the tensor by offset: of a matrix part of a row, full rows, part of a row."""
         found = {}
         for begin, offsets, sizes in _rectangles(self.start, self.start + len(self.flat), tuple(self.shape)):
             place = begin - self.start
@@ -84,7 +85,7 @@ def _in_row(start: int, end: int, shape: tuple[int, ...], row: int) -> Iterator[
 
 
 class _SavePlanner(DefaultSavePlanner):
-    """Plans the writing of a state of slices; `dcp`'s default checks that they cover every tensor once."""
+    """A plan for writing slices; the default planner checks that they cover every tensor exactly once."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -105,7 +106,7 @@ class _SavePlanner(DefaultSavePlanner):
 
 
 class _LoadPlanner(DefaultLoadPlanner):
-    """Plans the reading into slices, however the file is cut."""
+    """A plan for reading into slices, however the file is sharded."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -120,7 +121,7 @@ class _LoadPlanner(DefaultLoadPlanner):
             saved = self.metadata.state_dict_metadata.get(name)
             if not isinstance(saved, TensorStorageMetadata) or saved.size != piece.shape:
                 found = list(saved.size) if isinstance(saved, TensorStorageMetadata) else "nothing"
-                raise ValueError(f"it holds {found} as {name}, the model has {list(piece.shape)}")
+                raise ValueError(f"it holds {found} as {name}, but the model has {list(piece.shape)}")
             chunks = [ChunkStorageMetadata(offsets, block.shape) for offsets, block in piece.blocks().items()]
             items += create_read_items_for_chunk_list(name, saved, chunks)
         return LoadPlan(items)
@@ -130,7 +131,7 @@ class _LoadPlanner(DefaultLoadPlanner):
         return self.state_dict[index.fqn].blocks()[index.offset]
 
 
-# all that a checkpoint's index is made of; torch.dtype's values are looked up besides
+# the classes in a checkpoint's index; values of torch.dtype are allowed, too
 _INDEX = {
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},
@@ -140,12 +141,12 @@ _INDEX = {
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "pathlib": {"PosixPath"},
-    "pathlib._local": {"PosixPath"},  # where Python 3.13 has it
+    "pathlib._local": {"PosixPath"},  # its module in Python 3.13
 }  # fmt: skip
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Builds what an index is made of and nothing else: the pickle of a stranger's checkpoint runs no code."""
+    """An unpickler that builds only the classes of an index, so that an untrusted checkpoint cannot run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
@@ -155,7 +156,7 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 class _Reader(dcp.FileSystemReader):
-    """torch's reader, but for the index, which torch unpickles whatever it holds."""
+    """torch's reader with a safe unpickler for the index."""
 
     def read_metadata(self) -> Metadata:  # type: ignore[override]
         with (Path(self.path) / ".metadata").open("rb") as file:
@@ -163,19 +164,21 @@ class _Reader(dcp.FileSystemReader):
 
 
 def save_slices(state: Mapping[str, Slice], folder: Path, group: Any = None) -> None:
-    """Write `state` below `folder`, each rank of `group` its own slices; a collective, unless there is no group.
+    """Write `state` to `folder`, each rank of `group` its own slices; a collective, unless `group` is None.
 
     Raises:
-        CheckpointException: on every rank, when any of them cannot write.
+        CheckpointException: on every rank, if any of them cannot write.
     """
     dcp.save(dict(state), checkpoint_id=folder, planner=_SavePlanner(), process_group=group, no_dist=group is None)
 
 
 def load_slices(state: Mapping[str, Slice], folder: Path, group: Any = None) -> None:
-    """Fill the slices of `state` from `folder`, whatever engine and number of ranks wrote it; a collective as `save`.
+    """Fill the slices of `state` from `folder`, which any engine and number of ranks may have written.
+
+    A collective, unless `group` is None.
 
     Raises:
-        CheckpointException: on every rank, when any of them finds a damaged file, or one of another model.
+        CheckpointException: on every rank, if any of them finds a damaged file, or one of another model.
     """
     dcp.load(
         dict(state), storage_reader=_Reader(folder), planner=_LoadPlanner(), process_group=group, no_dist=group is None

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO: the moments (1), also the gradients (2), also the weights (3) in flat partitions of the ranks."""
+"""DeepSpeed's ZeRO, which partitions the moments (stage 1), also the gradients (2), also the weights (3)."""
 
 import json
 import logging
@@ -20,14 +20,14 @@ from mixar.engine.slices import Slice
 from mixar.errors import UserError
 from mixar.files import write_json
 
-SETTINGS = "deepspeed.json"  # the configuration that DeepSpeed got, in the run directory
+SETTINGS = "deepspeed.json"  # DeepSpeed's configuration, in the run directory
 
 
 def deepspeed_settings(cfg: Config, stage: int, world: int) -> dict[str, Any]:
-    """DeepSpeed's configuration of a run: ours, with the user's file at `engine.deepspeed` merged over it.
+    """DeepSpeed's configuration of a run, with the user's file at `engine.deepspeed` merged over it.
 
     Raises:
-        UserError: no such file, or one that contradicts the config.
+        UserError: the file is missing or contradicts the config.
     """
     micro = images_per_pass(cfg, world)
     ours: dict[str, Any] = {
@@ -36,7 +36,7 @@ def deepspeed_settings(cfg: Config, stage: int, world: int) -> dict[str, Any]:
         "gradient_accumulation_steps": cfg.train.batch // (micro * world),
         "gradient_clipping": cfg.optim.clip,  # without it DeepSpeed clips at 1
         "zero_optimization": {"stage": stage},
-        # weights, gradients and their sums stay float32; without the empty list both would travel in bf16
+        # weights and gradients are communicated and reduced in float32; without the empty list, in bf16
         "torch_autocast": {
             "enabled": cfg.train.precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": [],
         },
@@ -53,7 +53,7 @@ def deepspeed_settings(cfg: Config, stage: int, world: int) -> dict[str, Any]:
     return _merged(ours, theirs, file)
 
 
-# what another key of the config decides: a file that says otherwise would be silently right or silently wrong
+# settings that follow from keys of the config: a file must not change them without a message
 _DECIDED = {
     "train_batch_size": "train.batch",
     "train_micro_batch_size_per_gpu": "train.micro_batch",
@@ -70,13 +70,13 @@ def _merged(ours: dict[str, Any], theirs: dict[str, Any], file: Path, prefix: st
     for key, value in theirs.items():
         name = prefix + key
         if name in _OURS:
-            raise UserError(f"{file} has '{name}', which {_OURS[name]} decides: take it out, and write {_OURS[name]}")
+            raise UserError(f"{file} has '{name}', which {_OURS[name]} decides: remove it, and set {_OURS[name]}")
         if value == "auto":
             continue
         if name in _DECIDED and value != ours[key]:
             raise UserError(
-                f"{file} says {name}={value}, the config's {_DECIDED[name]} makes it {ours[key]}: "
-                f"write {_DECIDED[name]} on the command line, and take {name} out of the file"
+                f"{file} has {name}={value}, but it is {ours[key]} by the config's {_DECIDED[name]}: "
+                f"set {_DECIDED[name]} on the command line, and remove {name} from the file"
             )
         both = isinstance(value, dict) and isinstance(ours.get(key), dict)
         merged[key] = _merged(ours[key], value, file, f"{name}.") if both else value
@@ -84,7 +84,7 @@ def _merged(ours: dict[str, Any], theirs: dict[str, Any], file: Path, prefix: st
 
 
 class ZeroEngine(Engine):
-    """ZeRO under the same AdamW and the same checkpoints as the other engines; DeepSpeed's own are not used."""
+    """ZeRO with the AdamW and the checkpoints of the other engines, in place of DeepSpeed's own."""
 
     def __init__(self, cfg: Config, task: Trainable, place: Place, stage: int) -> None:
         super().__init__(cfg, task, place)
@@ -95,7 +95,7 @@ class ZeroEngine(Engine):
         deepspeed = _import(place, cfg.engine.timeout)
         self.peers = c10d.group.WORLD
         if stage == 3:
-            # each parameter is cut as soon as it exists, so that no rank ever holds the whole network
+            # each parameter is partitioned as soon as it exists, so that no rank ever holds the whole network
             with deepspeed.zero.Init(config_dict_or_path=settings):
                 network = task.build()
         else:
@@ -127,8 +127,10 @@ class ZeroEngine(Engine):
         self._begin(task)
 
     def _rows_places(self) -> dict[str, tuple[Tensor, int, int, int]]:
-        """Stage 3 cuts each parameter by itself. By name: the flat partition it lies in, where, from which element of
-        the parameter, how many."""
+        """The rank's share of each parameter in stage 3, which partitions every parameter separately.
+
+        By name: the flat partition that holds it, the offset there, the first element of the parameter, the number.
+        """
         places = {}
         rank = self.place.rank
         for name, p in self.named.items():
@@ -140,7 +142,10 @@ class ZeroEngine(Engine):
         return places
 
     def _flat_places(self) -> dict[str, tuple[Tensor, int, int, int]]:
-        """Stages 1 and 2 cut the row of all parameters of a group. By name, as in `_rows_places`."""
+        """The rank's share of each parameter in stages 1 and 2, which partition all parameters of a group in one row.
+
+        By name, as in `_rows_places`.
+        """
         places, names = {}, {id(p): name for name, p in self.named.items()}
         for group, flat in zip(self.zero.round_robin_bit16_groups, self.zero.single_partition_of_fp32_groups):
             first, begin = self.place.rank * len(flat), 0
@@ -153,7 +158,7 @@ class ZeroEngine(Engine):
 
     def _backward(self, loss: Tensor, count: int) -> None:
         self.deepspeed.backward(loss)
-        self.deepspeed.step()  # steps once the micro-batches are complete, and takes no step that is not finite
+        self.deepspeed.step()  # updates after the last micro-batch if it is finite
 
     def _update(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         device = self.place.device
@@ -172,14 +177,14 @@ class ZeroEngine(Engine):
 
 
 def _import(place: Place, timeout: float) -> Any:
-    """DeepSpeed, over the process group that there is."""
+    """DeepSpeed, set up to use the existing process group."""
     os.environ.setdefault("DS_ACCELERATOR", place.device.type)
     os.environ.setdefault("LOCAL_RANK", str(place.local_rank))
     dist.join(place, timeout)
     import deepspeed  # takes seconds, and only these engines need it
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    # on a CPU it would compile a kernel, for a minute, that nothing here calls
+    # on a CPU it would compile, for a minute, a kernel that is never called
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
     return deepspeed

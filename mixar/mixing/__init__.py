@@ -1,4 +1,4 @@
-"""The paper's heart as pure functions: the mask (Eq. 8) and the mixtures (Eqs. 9-12)."""
+"""The core of the paper as pure functions: the mask (Eq. 8) and the mixtures (Eqs. 9-12)."""
 
 from mixar.mixing.masking import Masking, masked_counts, ratio_quantile
 from mixar.mixing.ti_mix import Mixture, ground_truth_share, ti_mix

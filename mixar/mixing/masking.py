@@ -1,4 +1,4 @@
-"""The training mask (Eq. 8): its ratio's law, its stratification, and the packing of what stays visible."""
+"""The training mask (Eq. 8): the distribution of its ratio, its stratification, and the packing of visible tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from mixar.rng import Stream
 
 
 def ratio_quantile(u: Tensor, minimum: float, std: float) -> Tensor:
-    """The quantile function of normal(1, std) truncated to [minimum, 1], MAR's law of the mask ratio.
+    """The quantile function of normal(1, std) truncated to [minimum, 1], MAR's distribution of the mask ratio.
 
     Args:
         u: probability levels on [0, 1].
@@ -27,15 +27,15 @@ def ratio_quantile(u: Tensor, minimum: float, std: float) -> Tensor:
 
 
 def masked_counts(cfg: MaskConfig, tokens: int, seed: int, indices: Sequence[int], batch: int) -> list[int]:
-    """Masked positions of each image, ⌈rN⌉ of N.
+    """The number of masked positions per image, ⌈rN⌉ of N.
 
-    With `ratio_scope: image`, consecutive images form groups of G, and each group takes the G quantile midpoints of the
-    ratio's law in an order of its own, so every micro-batch holds the same counts. With `batch`, one ratio is drawn for
-    all images of a global batch, as the reference does.
+    With `ratio_scope: image`, consecutive images form groups of G, and each group uses the G quantile midpoints of the
+    ratio's distribution in a random order, so that every micro-batch has the same counts. With `batch`, one ratio is
+    drawn for all images of a global batch, as in the reference.
 
     Args:
-        indices: global indices of the images; with `ratio_scope: image` whole groups of G.
-        batch: the global batch.
+        indices: global indices of the images; with `ratio_scope: image` complete groups of G.
+        batch: the size of the global batch.
     """
     if cfg.ratio_scope == "batch":
         scope = torch.tensor(sorted({i // batch for i in indices}))
@@ -50,11 +50,11 @@ def masked_counts(cfg: MaskConfig, tokens: int, seed: int, indices: Sequence[int
 
 @dataclass(frozen=True)
 class Masking:
-    """The masked positions of a batch, and how the visible ones pack into one row of tokens.
+    """The masked positions of a batch, and the packing of the visible ones into one row of tokens.
 
     Attributes:
         masked: bool [B, N], True where the model predicts.
-        visible: V of each image, known on the host so that no shape waits for the device.
+        visible: V per image, known on the host, so that no shape waits for the device.
     """
 
     masked: Tensor
@@ -62,27 +62,27 @@ class Masking:
 
     @classmethod
     def from_order(cls, order: Tensor, counts: Sequence[int]) -> "Masking":
-        """Mask the first `counts[b]` positions of each image's `order` [B, N]."""
+        """Mask the first `counts[b]` positions of image b's `order` [B, N]."""
         n = order.shape[1]
         limits = _on_device(tuple(counts), order.device)
         return cls(order.argsort(-1) < limits[:, None], tuple(n - count for count in counts))
 
     @property
     def hidden(self) -> tuple[int, ...]:
-        """N - V of each image."""
+        """N - V per image."""
         return tuple(self.masked.shape[1] - v for v in self.visible)
 
     def packed_rows(self, prefix: int) -> Tensor:
-        """The encoder's tokens as indices into the flattened [B, prefix + N]: each image's prefix, then what it shows.
+        """The encoder's tokens as indices into the flattened [B, prefix + N]: per image the prefix, then the visible.
 
         Returns:
-            int64 [sum of (prefix + V)], in raster order within an image.
+            int64 [T], in raster order within an image; T is the sum of prefix + V.
         """
         seen_first = F.pad(self.masked, (prefix, 0)).int().argsort(dim=-1, stable=True)
         return _flat(seen_first)[_spans(self.visible, seen_first.shape[1], prefix, False, self.masked.device)]
 
     def slots(self, prefix: int) -> Tensor:
-        """`packed_rows` inverted: int64 [B, prefix + N], the packed row of each position, -1 where masked."""
+        """The inverse of `packed_rows`: int64 [B, prefix + N], the packed row of each position, -1 where masked."""
         seen = F.pad(~self.masked, (prefix, 0), value=True)
         return torch.where(seen, seen.flatten().cumsum(0).view_as(seen) - 1, -1)
 
@@ -94,7 +94,7 @@ class Masking:
 
     @property
     def row_weights(self) -> Tensor:
-        """float32 [R], the weight of each masked row in a mean over an image's rows and then over images."""
+        """float32 [R], the weight of each masked row in a mean over the rows of an image, then over images."""
         return _weights(self.hidden, self.masked.device)
 
 
@@ -103,8 +103,8 @@ def _flat(index: Tensor) -> Tensor:
     return (index + torch.arange(len(index), device=index.device)[:, None] * index.shape[1]).flatten()
 
 
-# Under stratified ratios these are the same in every step, in sampling in every batch: built once on the host, kept on
-# the device.
+# With stratified ratios these are the same in every step, and in sampling in every batch: they are built once on the
+# host, and kept on the device.
 @lru_cache(maxsize=512)
 def _on_device(counts: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(counts).to(device)

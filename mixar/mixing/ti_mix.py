@@ -1,4 +1,4 @@
-"""TI-Mix (Eq. 12): from the true discrete tokens to the prior's, as training goes on."""
+"""TI-Mix (Eq. 12): a transition from the true discrete tokens to the prior's in the course of training."""
 
 import math
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from mixar.config import TIMixConfig
 
 
 class Mixture(NamedTuple):
-    """The tokens that TI-Mix puts in place of true ones, and where; the operator that embeds them mixes them.
+    """The tokens that replace true ones in TI-Mix, and the positions; the operator that embeds tokens also mixes them.
 
     Attributes:
         drawn: int64 [B, N], the prior's x̂_d.

@@ -3,8 +3,8 @@
 Shapes are written with these letters, here and wherever the model is trained or sampled:
 
     B  images of a batch                    D  width of encoder or decoder; w of the head
-    N  token positions of an image          S  class tokens before them
-    V  visible positions of an image        R  rows: masked positions, over all images of a batch
+    N  token positions per image            S  class tokens before them
+    V  visible positions per image          R  rows: masked positions, over all images of a batch
     P  positions of a sequence              T  tokens of a packed batch, without padding
     C  channels of a continuous token       m  sub-tokens of a discrete token
 """

@@ -15,15 +15,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mixar.errors import UserError
 from mixar.model.dropout import drop
 
-Lengths = tuple[int, ...]  # tokens of each image in a packed row, known on the host
+Lengths = tuple[int, ...]  # tokens per image in a packed row, known on the host
 
 
 class Wanted(NamedTuple):
-    """The tokens of packed images whose output is used.
+    """The tokens of packed images whose output is needed.
 
     Attributes:
-        rows: int64 [R], image after image.
-        counts: how many of each image, known on the host.
+        rows: int64 [R], their indices in the packed row, image after image.
+        counts: number of them per image, known on the host.
     """
 
     rows: Tensor
@@ -34,10 +34,11 @@ class Kernel(NamedTuple):
     """Requirements of an attention kernel, for `model.attention`.
 
     Attributes:
-        backend: of torch's scaled_dot_product_attention; None where torch chooses, or is not asked.
-        majors: compute capabilities of the cards it runs on; empty where it runs everywhere.
-        module, name: the package that carries it, and what must be found in there.
-        package: how to get that package.
+        backend: of torch's scaled_dot_product_attention; None where torch chooses, or is not used.
+        majors: major compute capabilities of the cards that it runs on; empty if it runs everywhere.
+        cards: the same in words.
+        module, name: the module that contains it, and a name that must be importable from there.
+        package: how to get the package of that module.
     """
 
     backend: SDPBackend | None
@@ -71,12 +72,12 @@ KERNELS = {
 
 
 def prepare_attention(kernel: str, device: torch.device) -> str:
-    """Make sure that a kernel can run on `device` before anything is computed; returns in words what will run.
+    """Make sure that a kernel can run on `device` before anything is computed, and return its description.
 
-    Dropout and precision, which some kernels lack, are the config's to check.
+    Some kernels lack dropout or a precision: that is checked with the config.
 
     Raises:
-        UserError: another card or a package is needed.
+        UserError: the kernel needs another card or a missing package.
     """
     needs = KERNELS[kernel]
     cuda = device.type == "cuda"
@@ -86,7 +87,7 @@ def prepare_attention(kernel: str, device: torch.device) -> str:
     if needs.module:
         try:
             getattr(importlib.import_module(needs.module), needs.name)
-        except Exception as error:  # a build for another torch or card fails in ways of its own
+        except Exception as error:  # a build for another torch or card may raise anything
             reason = " ".join(str(error).split())
             raise UserError(
                 f"model.attention={kernel} needs {needs.package} ({reason}): install it, or write model.attention=auto"
@@ -110,20 +111,20 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, memory: Lengths, dropout: float, kernel: str,
     keys: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Softmax attention of packed images, each within itself.
+    """Softmax attention of packed images, separately for each image.
 
     Args:
-        q: [T, H, d], image after image of `lengths`.
-        k, v: [M, H, d], image after image of `memory`.
-        dropout: of the attention weights.
+        q: [T, H, d] for H heads of width d, image after image with the token counts `lengths`.
+        k, v: [M, H, d], image after image with the token counts `memory`, M in total.
+        dropout: probability of dropping an attention weight.
         kernel: `model.attention`.
-        keys: int64 [T], what decides on dropout, one a query; None drops nothing.
+        keys: int64 [T], one dropout key per query; None drops nothing.
 
     Returns:
         [T, H, d].
     """
     dropout = 0.0 if keys is None else dropout
-    if kernel == "fa2":  # draws by itself, from torch's generator
+    if kernel == "fa2":  # its dropout uses torch's generator
         from flash_attn import flash_attn_varlen_func
 
         starts, memory_starts = _starts(lengths, q.device), _starts(memory, q.device)
@@ -139,7 +140,7 @@ def attend(
             alike, parts, q.split(sizes), k.split(memory_sizes), v.split(memory_sizes)
         ):
             queries, those, values = (rearrange(x, "(b n) h d -> b h n d", b=images) for x in rows)
-            if part is None or q.device.type != "cpu":  # on a card the kernel draws by itself, from torch's generator
+            if part is None or q.device.type != "cpu":  # on a card the kernel uses torch's generator
                 out = F.scaled_dot_product_attention(queries, those, values, dropout_p=dropout)
             else:
                 out = _explicit(queries, those, values, dropout, part.view(images, -1))
@@ -148,7 +149,7 @@ def attend(
 
 
 def _alike(lengths: Lengths, memory: Lengths) -> list[tuple[int, int, int]]:
-    """Runs of consecutive images of one size, as (images, length, memory). torch.compile traces no groupby of pairs."""
+    """Runs of consecutive images of equal size, as (images, length, memory). torch.compile cannot trace groupby."""
     runs: list[tuple[int, int, int]] = []
     for n, m in zip(lengths, memory):
         again = bool(runs) and runs[-1][1] == n and runs[-1][2] == m
@@ -158,16 +159,16 @@ def _alike(lengths: Lengths, memory: Lengths) -> list[tuple[int, int, int]]:
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, dropout: float, keys: Tensor) -> Tensor:
-    """Attention of equal-length images, q [B, H, L, d] and keys [B, L], that drops what the image's key says.
+    """Attention of images of equal length, q [B, H, L, d], with dropout decided by the keys [B, L].
 
-    It holds all weights; so does torch on a CPU as soon as some of them are dropped.
+    It holds all attention weights in memory; so does torch's own on a CPU with dropout.
     """
     weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)
     heads = torch.arange(q.shape[1], device=q.device)[:, None]
     return drop(weights, keys[:, None] + heads, 0, dropout) @ v
 
 
-# Under stratified ratios these are the same in every step: built once on the host, kept on the device.
+# With stratified mask ratios these are the same in every step: built once on the host, kept on the device.
 @lru_cache(maxsize=64)
 def _starts(lengths: Lengths, device: torch.device) -> Tensor:
     """The offset at which each image of a packed row starts, then the row's length: int32 [B + 1]."""
@@ -175,7 +176,7 @@ def _starts(lengths: Lengths, device: torch.device) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (timm's ViT layout: one qkv projection, in that order)."""
+    """Multi-head self-attention (timm's ViT layout: one projection to q, k and v, in that order)."""
 
     def __init__(self, width: int, heads: int, dropout: float, kernel: str) -> None:
         super().__init__()
@@ -184,11 +185,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, lengths: Lengths, keys: Tensor | None, wanted: Wanted | None = None) -> Tensor:
-        """x [T, D], image after image of `lengths`, each attending within itself: [T, D], or [R, D] where not all are
-        `wanted`.
+        """Self-attention within each packed image: x [T, D] to [T, D], or to [R, D] for the `wanted` tokens.
 
         Args:
-            keys: int64 [T] or [R], what decides on dropout; None drops nothing.
+            lengths: tokens per image.
+            keys: int64 [T] or [R], the dropout keys of the returned tokens; None drops nothing.
         """
         q, k, v = rearrange(self.qkv(x), "t (three heads d) -> three t heads d", three=3, heads=self.heads)
         asking = lengths
@@ -199,7 +200,7 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention on a memory, projections without bias (DC-CA)."""
+    """Multi-head cross-attention to a memory, with projections without bias (DC-CA)."""
 
     def __init__(self, width: int, memory_width: int, heads: int, dropout: float, kernel: str) -> None:
         super().__init__()
@@ -210,7 +211,12 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, lengths: Lengths, memory: Tensor, keys: Tensor | None) -> Tensor:
-        """x [T, D] of `lengths`, each image on its own row of memory [B, N, D']: [T, D]. Keys as in `Attention`."""
+        """x [T, D] of packed images to [T, D], each attending to its own row of memory [B, N, D'].
+
+        Args:
+            lengths: tokens per image.
+            keys: as in `Attention`.
+        """
         images, n, _ = memory.shape
         rows = memory.flatten(0, 1)
         q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (self.q(x), self.k(rows), self.v(rows)))

@@ -1,4 +1,4 @@
-"""The pre-norm ViT block of MAR's backbone, with DC-CA's cross-attention where there is a memory."""
+"""The pre-norm ViT block of MAR's backbone, with cross-attention if there is a memory (DC-CA)."""
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
         """x [T, D] to [T, D]; keys as in `Attention`."""
         hidden = self.fc1(x)
-        # in place where no gradient needs the input: the widest tensor of the model is then there once
+        # in place if no gradient needs the input, so that the model's widest tensor exists only once
         hidden = F.gelu(hidden) if hidden.requires_grad else torch.ops.aten.gelu_(hidden)
         if keys is None:
             return self.fc2(hidden)
@@ -31,9 +31,9 @@ class Block(nn.Module):
     """x += attention(norm(x)); x += cross-attention(x, memory) under DC-CA; x += mlp(norm(x)).
 
     Args:
-        memory_width: width of the memory; None for a block without cross-attention. Its residual branch has no norm of
-            its own: the published size of DC-CA leaves no room for one.
-        kernel: what attention runs in, `model.attention`.
+        memory_width: width of the memory; None for a block without cross-attention. The branch of cross-attention has
+            no norm of its own: the published parameter count of DC-CA does not include one.
+        kernel: `model.attention`.
     """
 
     def __init__(
@@ -50,12 +50,13 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, lengths: Lengths, memory: Tensor | None, keys: Tensor | None, wanted: Wanted | None = None
     ) -> Tensor:
-        """x [T, D], packed images of `lengths`; memory [B, N, D'] under DC-CA: [T, D]. Without gradients x is
-        overwritten.
+        """x [T, D] of packed images to [T, D], or [R, D] for the `wanted` tokens. Without gradients x is overwritten.
 
         Args:
-            keys: int64 [T], this layer's key of each token, which decides what is dropped; None drops nothing.
-            wanted: the tokens to return, [R, D]; beyond their part in the attention nothing is computed for others.
+            lengths: tokens per image.
+            memory: [B, N, D'] under DC-CA, else None.
+            keys: int64 [T], this layer's dropout key of each token; None drops nothing.
+            wanted: the tokens to return; for the others only keys and values of the self-attention are computed.
         """
         normed = self.norm1(x)
         if wanted is not None:
@@ -66,10 +67,10 @@ class Block(nn.Module):
         x = _add(x, self.attn(normed, lengths, keys, wanted))
         if self.cross_attn is not None:
             assert memory is not None, "a block with cross-attention needs the memory of discrete tokens"
-            x = _add(x, self.cross_attn(x, lengths_out, memory, None if keys is None else ~keys))  # keys of its own
+            x = _add(x, self.cross_attn(x, lengths_out, memory, None if keys is None else ~keys))  # own keys
         return _add(x, self.mlp(self.norm2(x), keys))
 
 
 def _add(x: Tensor, branch: Tensor) -> Tensor:
-    """x + branch, in place where no gradient needs x: the residual stream then stays in one place in the cache."""
+    """x + branch, in place if no gradient needs x, so that the residual stream stays in the cache."""
     return x + branch if x.requires_grad or branch.requires_grad else x.add_(branch)

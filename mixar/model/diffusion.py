@@ -1,7 +1,7 @@
-"""The diffusion process of the head: improved DDPM (Nichol & Dhariwal 2021) with a cosine schedule, 1000 steps, learned
-range of variances, on continuous tokens.
+"""The diffusion process of the head: improved DDPM (Nichol & Dhariwal 2021) on continuous tokens, with a cosine
+schedule of 1000 steps and learned variances.
 
-Tables are computed in float64 and gathered into float32; all arithmetic here is float32, whatever autocast says, since
+Tables are computed in float64 and gathered into float32. All arithmetic here is float32, also under autocast, since
 x0 at t = 999 multiplies ε by 2e4.
 """
 
@@ -27,12 +27,11 @@ def cosine_betas(steps: int = STEPS) -> np.ndarray:
 
 
 class Diffusion(Process):
-    """DDPM: the tables of a (respaced) process and what is computed from them.
+    """DDPM: the tables of a (respaced) process, its losses and its sampling step.
 
     Args:
         spec: a respacing as in `respaced_steps`; None keeps all 1000 steps.
-        last: the training step that sampling starts from, 999 for the reference's process. Below it, what the respacing
-            spreads over is 0..last.
+        last: the training step that sampling starts from, 999 in the reference; the respacing divides 0..last.
 
     Attributes:
         timesteps: int64 [K], the training step of each step of this process.
@@ -49,13 +48,13 @@ class Diffusion(Process):
         alphas_bar = np.cumprod(1 - betas)
         previous = np.append(1.0, alphas_bar[:-1])
         variance = betas * (1 - previous) / (1 - alphas_bar)
-        self.timesteps = torch.tensor(kept, device="cpu")  # real values also for a model built on the meta device
+        self.timesteps = torch.tensor(kept, device="cpu")  # on the CPU, also if the model is built on the meta device
         self.alpha, self.sigma = np.sqrt(alphas_bar), np.sqrt(1 - alphas_bar)
         self.tables = {
             "betas": betas,
             "alphas_cumprod": alphas_bar,
             "posterior_variance": variance,
-            # entry 0 is zero: its logarithm is taken from entry 1
+            # entry 0 is zero, so the logarithm of entry 1 is used for it
             "posterior_log_variance_clipped": np.log(
                 np.append(variance[1:2] if len(variance) > 1 else betas, variance[1:])
             ),
@@ -81,7 +80,7 @@ class Diffusion(Process):
         return (13 * 4 + 2) * channels + 8 * 4 + 1 + 8
 
     def coefficients(self, t: Tensor | int) -> dict[str, Any]:
-        """Every table at steps t [R] of this process, float32 [R, 1] each; at one step numbers, no copy to wait for."""
+        """The tables at steps t [R] of this process, float32 [R, 1] each; numbers for a single step, without a copy."""
         if isinstance(t, int):
             return {name: float(self.tables[name][t]) for name in _USED}
         if self._stacked.device != t.device:
@@ -89,7 +88,7 @@ class Diffusion(Process):
         return dict(zip(_USED, self._stacked[t].unsqueeze(-2).unbind(-1)))
 
     def losses(self, net: Network, x0: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Eq. 5 with the variational term that trains the variance, per row.
+        """The loss of Eq. 5 per row, and the variational term that trains the variance.
 
         Args:
             net: (x_t [R, C], t [R]) to ε and v, [R, C] each.
@@ -98,7 +97,7 @@ class Diffusion(Process):
             noise: ε [R, C].
 
         Returns:
-            mse [R], the mean over channels of (ε - ε̂)²; vb [R] in bits a dimension, in which ε̂ gets no gradient.
+            mse [R], the mean over channels of (ε - ε̂)²; vb [R] in bits per dimension, without a gradient to ε̂.
         """
         c = self.coefficients(t)
         x_t = c["sqrt_alphas_cumprod"] * x0 + c["sqrt_one_minus_alphas_cumprod"] * noise
@@ -131,14 +130,14 @@ class Diffusion(Process):
     def ancestral_step(
         self, step: int | Tensor, x: Tensor, eps: Tensor, v: Tensor | None, noise: Tensor | None, temperature: float, /
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """x_{k-1} from x_k; the temperature scales the step's noise.
+        """x_{k-1} sampled from x_k; the temperature scales the step's noise.
 
         Args:
-            step: k of this process, one for all rows or int64 [R].
-            x, eps, v, noise: [R, C]; step 0 adds no noise, so that it may be None there.
+            step: k of this process, a number for all rows or int64 [R].
+            x, eps, v, noise: [R, C]; step 0 adds no noise, so noise may be None there.
 
         Returns:
-            the sample [R, C], and mean, log_variance and pred_xstart behind it.
+            the sample [R, C], and the mean, log_variance and pred_xstart that it was computed from.
         """
         assert v is not None
         x0, mean, log_var = self._posterior(self.coefficients(step), x, eps, v)
@@ -151,7 +150,7 @@ class Diffusion(Process):
 
 
 def _clean(c: dict[str, Any], x: Tensor, eps: Tensor) -> Tensor:
-    """x0 of x_k and its ε."""
+    """x0 computed from x_k and ε."""
     return c["sqrt_recip_alphas_cumprod"] * x - c["sqrt_recipm1_alphas_cumprod"] * eps
 
 

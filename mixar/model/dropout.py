@@ -1,6 +1,6 @@
-"""Dropout as a function of the image: the same units are dropped whatever the micro-batch, the rank or the engine.
+"""Dropout as a function of the image: the same units are dropped for any micro-batch, rank and engine.
 
-A mask is a window of a long row of coin tosses, at a place that a token's key decides. To read a window costs a
+A mask is a window of a long row of random bits, at an offset given by the token's key. Reading a window costs a
 fraction of drawing one, and the row is the same on every machine.
 """
 
@@ -17,12 +17,12 @@ TOSSES = 1 << 24
 
 @lru_cache(maxsize=8)
 def _tosses(p: float, device: torch.device) -> Tensor:
-    """bool [TOSSES], True (keep) with chance 1 - p."""
+    """bool [TOSSES], True (keep) with probability 1 - p."""
     u = torch.rand(TOSSES, generator=torch.Generator().manual_seed(0))
     return (u >= p).to(device)
 
 
-# an operator, so that a compiled block takes it as it is: the row is too long to become a constant of every graph
+# a custom operator, so that torch.compile does not trace into it: the row is too long to be a constant of every graph
 @torch.library.custom_op("mixar::kept", mutates_args=())
 def _kept(keys: Tensor, site: int, width: int, p: float) -> Tensor:
     windows = _tosses(p, keys.device).as_strided((TOSSES - width, width), (1, 1))
@@ -41,9 +41,10 @@ def token_keys(keys: Tensor, tokens: int, layer: int) -> Tensor:
 
 
 def drop(x: Tensor, keys: Tensor, site: int, p: float) -> Tensor:
-    """x [..., W] with each value zero with chance p, else divided by 1 - p, as the row's key int64 [...] decides.
+    """x [..., W] with each value set to zero with probability p, else divided by 1 - p.
 
     Args:
-        site: which dropout of the layer it is.
+        keys: int64 [...], one per row of x: they decide which values are dropped.
+        site: index of this dropout in the layer.
     """
     return torch.where(_kept(keys, site, x.shape[-1], p), x * (1 / (1 - p)), 0.0)

@@ -11,7 +11,7 @@ from mixar.model.process import Network, Process
 
 
 class Flow(Process):
-    """x_s = (1 - s) x0 + s ε for s in [0, 1], which is the time / 1000; sampling divides its time evenly."""
+    """x_s = (1 - s) x0 + s ε with s = time / 1000 in [0, 1]; the steps of sampling are evenly spaced in time."""
 
     learns_variance = False
     levels = math.inf
@@ -27,7 +27,7 @@ class Flow(Process):
 
     @staticmethod
     def loss_bytes(channels: int) -> int:
-        return 4 * channels  # the error, whose square has the gradient
+        return 4 * channels  # the error, kept for the gradient of its square
 
     def losses(self, net: Network, x0: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, None]:
         """The squared error of the velocity (eq. 23 of Lipman et al.), mean over channels; see `Process.losses`."""
@@ -41,13 +41,13 @@ class Flow(Process):
     def ancestral_step(
         self, step: int, x: Tensor, prediction: Tensor, v: Tensor | None, noise: Tensor | None, temperature: float, /
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """A draw of q(x_{k-1} | x_k, x0) at the predicted x0; see `Process.ancestral_step`."""
+        """A sample of q(x_{k-1} | x_k, x0) at the predicted x0; see `Process.ancestral_step`."""
         x0 = self.clean(step, x, prediction)
         if step == 0:
             return x0, {"mean": x0, "pred_xstart": x0}
         assert noise is not None
         (alpha_to, alpha), (sigma_to, sigma) = self.alpha[step - 1 : step + 1], self.sigma[step - 1 : step + 1]
-        forward = alpha / alpha_to  # of one step of the path, as its variance
+        forward = alpha / alpha_to  # α of the forward step from x_{k-1} to x_k, whose variance follows
         variance = sigma**2 - (forward * sigma_to) ** 2
         mean = float(forward * sigma_to**2 / sigma**2) * x + float(alpha_to * variance / sigma**2) * x0
         deviation = float(math.sqrt(variance) * sigma_to / sigma)

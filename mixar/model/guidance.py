@@ -1,9 +1,9 @@
-"""The guidances, by which discrete tokens enter MixAR, one class each.
+"""The guidances, the ways in which discrete tokens enter MixAR, one class each.
 
-A new one is a class here, a line in `CLASSES`, and its name in the config.
+A new one needs a class here, a line in `CLASSES`, and its name in the config.
 
-A guidance owns no weights. `MixAR` holds its `parts` under their own names, which are those of the public weights, and
-hands itself over where they are needed: engines that shard or compile a model see one flat module, as MAR's is.
+A guidance does not own weights. `MixAR` holds its `parts` under their own names, which are those of the public weights,
+and passes itself to the methods that need them: engines that shard or compile a model see one flat module, like MAR's.
 """
 
 from typing import TYPE_CHECKING, ClassVar
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 class CodeProjection(nn.Module):
-    """DC-Mix (Eq. 9) with its linear map of the n bits.
+    """DC-Mix (Eq. 9) with a linear map of the n bits.
 
-    The operator is called here, and not by the model, because an engine that shards parameters has those of a module
-    at hand in that module's forward only. The same goes for `CodeTable`.
+    The operator is called here, and not by the model, because an engine that shards parameters gathers those of a
+    module only for that module's forward. The same holds for `CodeTable`.
     """
 
     def __init__(self, bits: int, width: int) -> None:
@@ -40,9 +40,9 @@ class CodeProjection(nn.Module):
 
 
 class CodebookProjection(nn.Module):
-    """DC-Mix (Eq. 9) with its linear map of the token's learned code; of a dropped token it is the bias alone."""
+    """DC-Mix (Eq. 9) with a linear map of the token's learned code; a dropped token gets the bias alone."""
 
-    codebook: Tensor  # [K, n], the tokenizer's own, which no training changes
+    codebook: Tensor  # [K, n], the tokenizer's, frozen
 
     def __init__(self, codes: int, channels: int, width: int) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class CodebookProjection(nn.Module):
         self, encoded: Tensor, slots: Tensor, codes: Tensor, positions: Tensor, mixture: Mixture | None
     ) -> Tensor:
         """The decoder's input [B, P, D]. Arguments as in `mix_gather`."""
-        dropped = len(self.codebook)  # a code of zeros behind the others
+        dropped = len(self.codebook)  # the index of a code of zeros after the others
         table = F.linear(F.pad(self.codebook, (0, 0, 0, 1)), self.weight, self.bias)
         codes = torch.where(codes < 0, dropped, codes)
         if mixture is not None:
@@ -70,20 +70,21 @@ class CodeTable(nn.Module):
         self.weight = nn.Parameter(torch.empty(codes, width))
 
     def forward(self, codes: Tensor, positions: Tensor) -> Tensor:
-        """Tokens [B, N] with their positions [N, D]: [B, N, D]. A dropped one (negative) has its position alone."""
+        """Embeddings of codes [B, N] plus positions [N, D]: [B, N, D]; a dropped (negative) code has no embedding."""
         unseen = torch.full_like(codes, -1)
         return mix_gather(positions.new_empty(0, positions.shape[1]), unseen, codes, self.weight, None, positions)
 
 
 class Guidance:
-    """`none`, which is MAR itself: a learned vector at the masked positions of the decoder, and no discrete token.
+    """`none`, which is MAR itself: a learned vector at the masked positions of the decoder, and no discrete tokens.
 
-    The base of the others: each overrides what it does differently.
+    It is the base class of the others.
 
     Attributes:
-        first_values: how each parameter of `parts` starts, by its name in the model; see `initial_value`.
-        prefix: discrete tokens that stand before the sequence, in the encoder as in the decoder.
-        memory_tokens: tokens, of the encoder's width, that every block reads by cross-attention; 0 for no such layer.
+        first_values: the rule of initialisation of each parameter of `parts`, by its name; see `initial_value`.
+        prefix: number of discrete tokens before the sequence, in encoder and decoder.
+        memory_tokens: number of tokens, of the encoder's width, that every block attends to by cross-attention; 0
+            without cross-attention.
     """
 
     first_values: ClassVar[dict[str, str]] = {"mask_token": "normal"}
@@ -94,24 +95,24 @@ class Guidance:
         self.memory_tokens = 0
 
     def parts(self) -> dict[str, nn.Parameter | nn.Module]:
-        """The parameters and modules that the model holds for it, by name."""
+        """The guidance's parameters and modules, by their names in the model."""
         return {"mask_token": nn.Parameter(torch.empty(1, 1, self.cfg.decoder_width))}
 
     def mix(
         self, codes: Tensor | None, masking: Masking, mixture: Mixture | None
     ) -> tuple[Tensor | None, Mixture | None]:
-        """TI-Mix (Eq. 12): the tokens [B, N] that the guidance reads, and what is left for `decoder_input` to mix."""
+        """TI-Mix (Eq. 12): the tokens [B, N] to read, and the mixture that is left for `decoder_input` to apply."""
         if mixture is not None:
             assert codes is not None
             codes = ti_mix(codes, mixture.drawn, masking.masked, mixture.rho, mixture.share)
         return codes, None
 
     def encoder_prefix(self, model: "MixAR", codes: Tensor | None) -> Tensor | None:
-        """The `prefix` tokens [B, prefix, D] of the encoder, positions included; None where there are none."""
+        """The `prefix` tokens [B, prefix, D] of the encoder, positions included; None without a prefix."""
         return None
 
     def memory(self, model: "MixAR", codes: Tensor | None) -> Tensor | None:
-        """The memory that cross-attention in encoder and decoder reads, [B, memory_tokens, D]; None without one."""
+        """The memory of the cross-attention in encoder and decoder, [B, memory_tokens, D]; None without one."""
         return None
 
     def decoder_input(
@@ -120,21 +121,21 @@ class Guidance:
         """The decoder's input [B, S + prefix + N, D], positions included.
 
         Args:
-            encoded: [T, D], the encoder's packed output in the decoder's width.
-            slots: as in `mix_gather`: the row of `encoded` that belongs to each position, negative where masked.
-            codes, mixture: as `mix` gave them.
+            encoded: [T, D], the encoder's packed output, mapped to the decoder's width.
+            slots: as in `mix_gather`: the row of `encoded` for each position, negative where masked.
+            codes, mixture: as returned by `mix`.
         """
-        vector = model.get_parameter("mask_token")[0, 0]  # a bias without bits
+        vector = model.get_parameter("mask_token")[0, 0]  # as a bias with zero bits
         bitless = vector.new_empty(len(vector), 0)
         return mix_gather(encoded, slots, None, bitless, vector, self.decoder_positions(model))
 
     def decoder_positions(self, model: "MixAR") -> Tensor:
-        """[S + prefix + N, D]."""
+        """The decoder's position embeddings, [S + prefix + N, D]."""
         return model.decoder_pos_embed_learned[0]
 
 
 class DCMix(Guidance):
-    """`dc_mix`: at the masked positions of the decoder a linear map of the token's ±1 bits, or learned code (Eq. 9)."""
+    """`dc_mix`: a linear map of the token's ±1 bits or learned code at the decoder's masked positions (Eq. 9)."""
 
     first_values: ClassVar[dict[str, str]] = {"code_proj.weight": "xavier", "code_proj.bias": "zero"}
 
@@ -146,7 +147,7 @@ class DCMix(Guidance):
     def mix(
         self, codes: Tensor | None, masking: Masking, mixture: Mixture | None
     ) -> tuple[Tensor | None, Mixture | None]:
-        return codes, mixture  # each token is read once: the operator mixes as it reads
+        return codes, mixture  # the operator mixes while it reads the tokens
 
     def decoder_input(
         self, model: "MixAR", encoded: Tensor, slots: Tensor, codes: Tensor | None, mixture: Mixture | None
@@ -156,7 +157,7 @@ class DCMix(Guidance):
 
 
 class DCSA(Guidance):
-    """`dc_sa`: all discrete tokens as a prefix, a learned table with positions of its own in encoder and decoder."""
+    """`dc_sa`: all discrete tokens as a prefix, embedded by a table, with own positions in encoder and decoder."""
 
     first_values: ClassVar[dict[str, str]] = Guidance.first_values | {
         "code_emb.weight": "normal",
@@ -188,8 +189,8 @@ class DCSA(Guidance):
 class DCCA(Guidance):
     """`dc_ca`: the discrete tokens as the memory of a cross-attention after every self-attention.
 
-    They are a learned table plus the encoder's positions, under a layer norm without parameters: without it the memory
-    starts at a standard deviation of 0.03, and its attention flat.
+    They are embedded by a learned table, plus the encoder's positions, followed by a layer norm without parameters.
+    Without the norm the memory starts with a standard deviation of 0.03, and the attention to it is nearly uniform.
     """
 
     first_values: ClassVar[dict[str, str]] = Guidance.first_values | {"code_emb.weight": "normal"}
@@ -211,5 +212,5 @@ CLASSES: dict[str, type[Guidance]] = {"none": Guidance, "dc_mix": DCMix, "dc_sa"
 
 
 def guidance_of(cfg: ModelConfig) -> Guidance:
-    """The guidance that `model.guidance` names; it makes no tensor before `parts` is called."""
+    """The guidance that `model.guidance` names; it creates tensors only in `parts`."""
     return CLASSES[cfg.guidance](cfg)

@@ -13,7 +13,7 @@ EPS = 1e-6  # of the head's layer norms
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift; written so that no 1 + scale is kept for the backward."""
+    """x (1 + scale) + shift, in a form that does not keep 1 + scale for the backward pass."""
     return x * scale + x + shift
 
 
@@ -38,9 +38,9 @@ class Embedded(NamedTuple):
     """The modulation's input for R = mul · R' rows, after its SiLU.
 
     Attributes:
-        rows: [R, w], time and condition added; under a separable modulation [R', w], the condition of each token.
-        times: [T, w], under a separable modulation the timesteps.
-        places: int64 [R], which of `times` a row has.
+        rows: [R, w], the sum of time and condition; with a separable modulation [R', w], the condition of each token.
+        times: [K, w], the K embedded timesteps, with a separable modulation only.
+        places: int64 [R], each row's index into `times`.
     """
 
     rows: Tensor
@@ -49,10 +49,10 @@ class Embedded(NamedTuple):
 
 
 class Modulation(nn.ModuleDict):
-    """`parts` vectors per row, of time and condition. The public weights call its linear map `1`.
+    """`parts` vectors per row, from time and condition. The linear map is named `1`, as in the public weights.
 
-    Joint, it maps SiLU(time + condition) of each row. Separable, it adds a map of SiLU(time), computed per
-    timestep, and one of SiLU(condition), computed per token, so that neither is computed again for each row.
+    The joint one maps SiLU(time + condition) of each row. The separable one adds a map of SiLU(time), computed once per
+    timestep, and a map of SiLU(condition), computed once per token.
     """
 
     def __init__(self, width: int, parts: int, separable: bool) -> None:
@@ -85,7 +85,7 @@ class ResBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm without parameters of its own, then a linear map."""
+    """A modulated layer norm without parameters, then a linear map."""
 
     def __init__(self, width: int, out: int, separable: bool) -> None:
         super().__init__()
@@ -95,21 +95,21 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, y: Embedded) -> Tensor:
         shift, scale = self.adaLN_modulation(y)
         x = modulate(F.layer_norm(x, x.shape[-1:], eps=EPS), shift, scale)
-        # in float32 under autocast too: near t = 999 sampling multiplies ε's rounding by 2e4
+        # in float32 also under autocast: near t = 999 sampling multiplies the rounding error of ε by 2e4
         with torch.autocast(x.device.type, enabled=False):
             return self.linear(x.float())
 
 
 class Head(nn.Module):
-    """The prediction of a noisy token, and its variance fraction.
+    """The network that denoises a token: the process's prediction, and the variance fraction.
 
     Args:
         token_dim: C.
         condition: D, the width of the backbone's output.
-        depth: residual blocks.
+        depth: number of residual blocks.
         width: their width w.
-        separable: modulate by time and by condition each for itself.
-        learn_variance: give the variance fraction; the process knows whether it needs one.
+        separable: modulate by time and by condition separately.
+        learn_variance: also predict the variance fraction; see `Process.learns_variance`.
     """
 
     def __init__(
@@ -125,10 +125,10 @@ class Head(nn.Module):
         self.final_layer = FinalLayer(width, (1 + learn_variance) * token_dim, separable)
 
     def embed(self, times: Tensor, conditions: Tensor, places: Tensor) -> Embedded:
-        """The modulation's input for R rows, from embedded times [T, w] and conditions [R / mul, w].
+        """The modulation's input for R rows, from embedded times [K, w] and conditions [R / mul, w].
 
         Args:
-            places: int64 [R], which of the times each row has.
+            places: int64 [R], each row's index into the times.
         """
         if self.separable:
             return Embedded(F.silu(conditions), F.silu(times), places)
@@ -136,7 +136,7 @@ class Head(nn.Module):
         return Embedded(F.silu((by_time.unflatten(0, (-1, len(conditions))) + conditions).flatten(0, 1)))
 
     def denoise(self, x: Tensor, y: Embedded) -> tuple[Tensor, Tensor | None]:
-        """The network after its embeddings: x [R, C] to what `forward` gives."""
+        """The network after its embeddings: x [R, C] to the outputs of `forward`."""
         x = self.input_proj(x)
         for block in self.res_blocks:
             x = block(x, y)
@@ -147,11 +147,11 @@ class Head(nn.Module):
         """The process's prediction, ε or a velocity, and the variance fraction v; float32 [R, C] each.
 
         Args:
-            x: [R, C], mul times the R / mul tokens one after the other.
+            x: [R, C], the R / mul tokens repeated mul times.
             t: [R], int64 in 0..999, or float32 in [0, 1000].
             z: [R / mul, D], their conditions.
         """
-        if len(t) > STEPS and not t.is_floating_point():  # each timestep is embedded once, not each row's
+        if len(t) > STEPS and not t.is_floating_point():  # embeds each timestep once, not per row
             times, places = torch.arange(STEPS, device=t.device), t
         else:
             times, places = t, torch.arange(len(t), device=t.device)
@@ -159,5 +159,5 @@ class Head(nn.Module):
 
 
 def gather(table: Tensor, places: Tensor) -> Tensor:
-    """Rows of a table; in float32, since many rows add up their gradients in one of the table."""
+    """Rows of a table, in float32, since the gradients of many rows are summed in one row of the table."""
     return F.embedding(places, table.float()).to(table.dtype)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mixar.model.guidance import CLASSES
 
-# MAR's initialisation by name; the first pattern that fits counts, and a name that none fits is an error
+# MAR's initialisation by name; the first matching pattern counts, and a name without a match is an error
 RULES = {
     "diffloss.net.*adaLN_modulation.*": "zero",  # so that the head's output starts at zero
     "diffloss.net.final_layer.linear.*": "zero",
@@ -29,10 +29,10 @@ RULES = {
 
 
 def initial_value(name: str, like: Tensor, seed: int) -> Tensor:
-    """The first value of the parameter `name`, by `RULES`: float32 on the CPU, of `like`'s shape.
+    """The initial value of the parameter `name`, by `RULES`: float32 on the CPU, of `like`'s shape.
 
     Raises:
-        KeyError: no rule for that name.
+        KeyError: there is no rule for that name.
     """
     rule = next((rule for pattern, rule in RULES.items() if fnmatchcase(name, pattern)), None)
     generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(name.encode()))
@@ -51,6 +51,6 @@ def initial_value(name: str, like: Tensor, seed: int) -> Tensor:
 
 @torch.no_grad()
 def init_weights(model: nn.Module, seed: int) -> None:
-    """Fill every parameter of `model` by `initial_value`."""
+    """Fill every parameter of `model` with its `initial_value`."""
     for name, parameter in model.named_parameters():
         parameter.copy_(initial_value(name, parameter, seed))

@@ -20,7 +20,7 @@ from mixar.model.process import Process
 
 
 def patchify(latents: Tensor, patch: int) -> Tensor:
-    """Latents [B, c, H, W] to tokens [B, N, C] in raster order; in a token the channel is slowest, then row, column."""
+    """Latents [B, c, H, W] to tokens [B, N, C] in raster order; within a token by channel, then row, then column."""
     return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=patch, q=patch)
 
 
@@ -39,13 +39,13 @@ def process_of(kind: str, spec: str | None = None, last: int = STEPS - 1) -> Pro
 
 
 class Losses(NamedTuple):
-    """The loss of a batch, per row so that it can be looked at by time and mask ratio.
+    """The loss of a batch, also per row, so that it can be analysed by time and mask ratio.
 
-    A tuple, since sharding engines look for the tensors of a network's output, and see into no other class.
+    A tuple, since sharding engines search a network's output for tensors, but not inside other classes.
 
     Attributes:
-        loss: [], the mean over an image's masked rows, then over images.
-        mse, vb: the process's terms, float32 [mul, R], detached; vb is None where it does not learn its variance.
+        loss: [], the mean over the masked rows of each image, then over images.
+        mse, vb: the process's terms, float32 [mul, R], detached; vb is None if it does not learn its variance.
     """
 
     loss: Tensor
@@ -71,8 +71,8 @@ class DiffusionHead(nn.Module):
 class MixAR(nn.Module):
     """Continuous masked autoregression p(x_c | x_d) (Eq. 6).
 
-    State-dict names are those of the public MAR weights, which load into `guidance: none` as they are. How the discrete
-    tokens enter is the matter of `mixar.model.guidance`, what the head predicts of `mixar.model.process`.
+    State-dict names are those of the public MAR weights, which load unchanged into `guidance: none`. The ways in which
+    discrete tokens enter are in `mixar.model.guidance`, the targets of the head in `mixar.model.process`.
     """
 
     def __init__(self, cfg: ModelConfig) -> None:
@@ -114,11 +114,11 @@ class MixAR(nn.Module):
 
     @property
     def prefix(self) -> int:
-        """Tokens before the continuous ones: the S class tokens, and those that the guidance puts there."""
+        """Number of tokens before the continuous ones: the S class tokens, and the prefix of the guidance."""
         return self.config.class_tokens + self.guidance.prefix
 
     def class_embedding(self, labels: Tensor | None, drop: Tensor | None = None, batch: int = 1) -> Tensor:
-        """[B, D], the learned null embedding where `drop` [B] is set, or for a whole `batch` without labels."""
+        """Class embeddings [B, D]; the learned null embedding where `drop` [B] is set, or for all without labels."""
         if labels is None:
             return self.fake_latent.expand(batch, -1)
         embedding = self.class_emb(labels)
@@ -132,10 +132,10 @@ class MixAR(nn.Module):
         """The encoder over class tokens, the guidance's prefix and the visible tokens.
 
         Args:
-            tokens: [B, N, C]; what stands at masked positions is never used.
+            tokens: [B, N, C]; values at masked positions are not used.
             classes: class embeddings [B, D].
             codes: int64 [B, N], negative where dropped; None under `guidance: none`.
-            keys: int64 [B], one per image, from which its dropout is drawn; None drops nothing.
+            keys: int64 [B], one dropout key per image; None drops nothing.
 
         Returns:
             [T, D], packed as `masking.packed_rows(self.prefix)`.
@@ -161,8 +161,8 @@ class MixAR(nn.Module):
         """The decoder over all positions, up to its final norm's input: [R, D]. Arguments as in `encode`.
 
         Args:
-            wanted: the rows of the flattened [B*N] positions to return; the last block computes no other.
-            mixture: what `Guidance.mix` left to the decoder's input.
+            wanted: the rows of the flattened [B*N] positions to return; the last block computes only these.
+            mixture: the mixture that `Guidance.mix` left for the decoder's input.
         """
         b, n = masking.masked.shape
         embedded, slots = self.decoder_embed(encoded), masking.slots(self.prefix)
@@ -205,9 +205,9 @@ class MixAR(nn.Module):
             codes: int64 [B, N], negative where dropped; None under `guidance: none`.
             t: [mul, R] for the R masked rows, as the process's `times` gives them.
             noise: ε [mul, R, C].
-            drop: bool [B], where the class is dropped.
-            keys: as in `encode`; needed to train with dropout.
-            mixture: what TI-Mix puts in place of some `codes` (Eq. 12).
+            drop: bool [B], True where the class is dropped.
+            keys: as in `encode`; required for training with dropout.
+            mixture: replacements of some `codes` by TI-Mix (Eq. 12).
         """
         if not self.training or self.config.dropout == 0:
             keys = None

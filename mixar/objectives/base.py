@@ -1,4 +1,4 @@
-"""The interface of an objective to the trainer, and the sums that its scalars are."""
+"""The interface of an objective to the trainer, and its scalars as sums and counts."""
 
 from functools import cached_property
 from pathlib import Path
@@ -11,25 +11,25 @@ from mixar.engine import Scalars, Trainable
 
 
 class Objective(Trainable, Protocol):
-    """A network to train, its loss, and what to show and to keep of it."""
+    """A network to train, its loss, its preview and its export."""
 
     def open(self) -> None:
-        """Open all that `preview` and `export` will need, so that what is missing is reported now."""
+        """Open everything that `preview` and `export` need, so that missing files are reported at the start."""
 
     def preview(self, model: nn.Module) -> Tensor | None:
-        """Images to look at, uint8 [k, 3, H, W], always of the same seeds; None where there is nothing to show."""
+        """Images to look at, uint8 [k, 3, H, W], always from the same seeds; None if there are none."""
 
     def export(self, model: nn.Module, folder: Path, about: dict[str, Any]) -> None:
-        """Write `model` as a release, in place of one that the folder may hold."""
+        """Write `model` as an export to `folder`, replacing one that is there."""
 
 
 class RandomInit:
-    """First values of a network that draws them when it is built."""
+    """Initial values of a network that draws them when it is built."""
 
     seed: int
 
     def open(self) -> None:
-        """Nothing is needed beside the network."""
+        """Nothing to open: only the network is needed."""
 
     def build(self) -> nn.Module:
         raise NotImplementedError
@@ -45,7 +45,7 @@ class RandomInit:
 
 
 def mean_of(values: Tensor) -> Tensor:
-    """The scalar [2] of a mean: sum and count of `values`, without gradient."""
+    """A mean as a scalar [2]: sum and count of `values`, without gradient."""
     values = values.detach().float()
     return torch.stack([values.sum(), torch.full_like(values.sum(), values.numel())])
 

@@ -1,4 +1,4 @@
-"""Training the codecs: reconstruction with the VAE's divergence, or with the losses of a tokenizer's quantizer."""
+"""The training of the codecs: reconstruction, plus the VAE's KL divergence or the losses of a tokenizer's quantizer."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,12 +24,12 @@ def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
 
 
 class CodecObjective(RandomInit):
-    """What both codecs share: images in, reconstructions to look at."""
+    """The common part of both codecs: training on images, and reconstructions as the preview."""
 
     kind: str
 
     def __init__(self, cfg: Config, shown: Tensor) -> None:
-        """`shown`: uint8 [k, 3, H, W], the images whose reconstructions a preview holds."""
+        """`shown`: uint8 [k, 3, H, W], the images that a preview reconstructs."""
         self.cfg, self.seed = cfg, cfg.seed
         self.shown = shown
 
@@ -37,7 +37,7 @@ class CodecObjective(RandomInit):
         return parameter.ndim > 1
 
     def reconstruct(self, model: nn.Module, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1] through the codec and back."""
+        """The codec's reconstruction of images [B, 3, H, W] in [0, 1]."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -52,7 +52,7 @@ class CodecObjective(RandomInit):
 
 
 class VAEObjective(CodecObjective):
-    """Reconstruction plus `vae.kl_weight` times the divergence of an image's posterior."""
+    """Reconstruction plus `vae.kl_weight` times the KL divergence of the posterior, per image."""
 
     kind = "vae"
 
@@ -79,13 +79,13 @@ class TokenizerObjective(CodecObjective):
     """Reconstruction plus the losses of the tokenizer's quantizer."""
 
     kind = "tokenizer"
-    _assignment: Tensor | None = None  # the mean over a step's images; None where one pass sees them all
+    _assignment: Tensor | None = None  # the mean over a step's images; None if one pass has them all
 
     def build(self) -> nn.Module:
         return build_tokenizer(self.cfg.tokenizer)
 
     def survey(self, model: nn.Module, batches: Sequence[Batch], mean: Callable[[Tensor], Tensor]) -> None:
-        # the entropy of the mean assignment is no mean over the images: a pass must know what the others assign
+        # the entropy of the mean assignment is not a mean over images: a pass needs the assignments of all others
         found = [model(from_bytes(batch.images), survey=True)[0] for batch in batches if batch.images is not None]
         self._assignment = mean(torch.stack(found).mean(0))
 

@@ -1,4 +1,4 @@
-"""The frozen networks beside a training: opened at its start, and checked against the config and the shards."""
+"""The frozen networks that a training uses: opened at its start, and checked against the config and the shards."""
 
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +10,7 @@ from mixar.errors import UserError
 from mixar.prior import Prior, load_prior
 from mixar.weights import describe_export, find_export, fingerprint
 
-# what a network's own config must share with the run's: images of another size are no matter to convolutions
+# keys that must be equal in a network's own config and the run's; the image size may differ, as for any convolution
 GEOMETRY = {
     "vae": {"latent_channels": "latent channels", "levels": "levels"},
     "tokenizer": {"kind": "as its kind", "bits": "bits per token", "code_dim": "channels per code", "levels": "levels"},
@@ -19,19 +19,19 @@ GEOMETRY = {
 
 
 class Frozen:
-    """The networks that `<kind>.weights` of a config name, each opened when it is first asked for, on the CPU.
+    """The networks that `<kind>.weights` of a config name, each opened on its first access, on the CPU.
 
     Args:
         made: the fingerprints of the VAE and the tokenizer that made the shards, by kind, as far as they are known.
 
     Raises:
-        UserError: on asking for a network: no weights of it, of another geometry than the config's, or not those that
-            made the shards.
+        UserError: on access to a network: its weights are missing, have another geometry than the config's, or are not
+            those that made the shards.
     """
 
     def __init__(self, cfg: Config, made: dict[str, Any]) -> None:
         self.cfg, self.made = cfg, made
-        self.fingerprints: dict[str, str] = {}  # of those that are open
+        self.fingerprints: dict[str, str] = {}  # of the open networks
 
     @cached_property
     def vae(self) -> VAE:
@@ -49,22 +49,22 @@ class Frozen:
         if learned is not None and learned != self.made.get("tokenizer", learned):
             raise UserError(
                 f"prior.weights={self.cfg.prior.weights} was trained on the tokens of another tokenizer (fingerprint "
-                f"{learned}) than made the shards ({self.made['tokenizer']}): name one that was trained on these"
+                f"{learned}) than that of the shards ({self.made['tokenizer']}): name a prior trained on these shards"
             )
         return prior
 
     def missing(self, kinds: list[str]) -> list[str]:
-        """Those of `kinds` that the config names no weights of."""
+        """Those of `kinds` without weights in the config."""
         return [kind for kind in kinds if getattr(self.cfg, kind).weights is None]
 
     def open(self, kinds: list[str]) -> None:
-        """Open those of `kinds` that the config names weights of."""
+        """Open those of `kinds` with weights in the config."""
         for kind in kinds:
             if getattr(self.cfg, kind).weights is not None:
                 getattr(self, kind)
 
     def rest(self, kinds: list[str]) -> None:
-        """Bring them back to the CPU: a device's memory is the training's."""
+        """Move them back to the CPU, since training needs the device's memory."""
         for kind in kinds:
             getattr(self, kind).to("cpu")
 
@@ -74,15 +74,15 @@ class Frozen:
             found, wanted = _measure(network.config, name), _measure(section, name)
             if found != wanted:
                 raise UserError(
-                    f"{kind}.weights={section.weights} has {found} {words}, the config {wanted}: name weights of the "
-                    f"config's geometry, or write that of these weights into the config's section {kind}"
+                    f"{kind}.weights={section.weights} has {found} {words}, but the config has {wanted}: name weights "
+                    f"of the config's geometry, or write the geometry of these weights in the config's section {kind}"
                 )
         given = self.fingerprints[kind] = fingerprint(network.state_dict())
         made = self.made.get(kind)
         if made is not None and made != given:
             raise UserError(
                 f"the shards were made with another {kind} (fingerprint {made}) than {kind}.weights={section.weights} "
-                f"(fingerprint {given}): name that one, or run `mixar prepare` with this one into another data.shards"
+                f"(fingerprint {given}): name that {kind}, or run `mixar prepare` with this one and another data.shards"
             )
         return network
 

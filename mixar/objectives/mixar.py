@@ -1,4 +1,4 @@
-"""Training MixAR: mask, TI-Mix, the head's loss. The training step of the paper on one page."""
+"""The training of MixAR: mask, TI-Mix, the head's loss. It is the paper's training step on one page."""
 
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,12 @@ RATIO_BUCKETS = [f"loss/mask{low}-{low + 10}%" for low in range(0, 100, 10)]
 
 
 class MixARObjective:
-    """The head's loss under any guidance, with TI-Mix online or from pre-drawn tokens.
+    """The head's loss with any guidance, with TI-Mix online or from pre-drawn tokens.
 
     Args:
         norm: the latents' normalisation, from the shards' manifest or MAR's scale.
-        device: where the frozen prior works; it is never part of the trained model.
-        made: the fingerprints of the codecs that made the shards, as `Frozen` takes them.
+        device: the device of the frozen prior, which is not part of the trained model.
+        made: the fingerprints of the codecs that made the shards, as in `Frozen`.
     """
 
     def __init__(self, cfg: Config, norm: LatentNorm, device: torch.device, made: dict[str, Any] | None = None) -> None:
@@ -52,7 +52,7 @@ class MixARObjective:
         return initial_value(name, like, self.cfg.seed)
 
     def decays(self, name: str, parameter: Tensor) -> bool:
-        # MAR's rule: no decay on vectors, nor anywhere in the diffusion head
+        # MAR's rule: no decay of vectors, nor of anything in the diffusion head
         return parameter.ndim > 1 and not name.startswith("diffloss.")
 
     def loss(self, model: nn.Module, batch: Batch, epoch: float) -> tuple[Tensor, Scalars]:
@@ -77,7 +77,7 @@ class MixARObjective:
         if losses.vb is not None:
             scalars["loss/vb"] = mean_of(losses.vb)
         scalars |= means_by_bucket(each.flatten(), t.flatten().long() // 250, T_BUCKETS)
-        # a ratio of 1 belongs to the last bucket; the 1e-6 keeps 0.9 from falling below its own edge
+        # a ratio of 1 belongs to the last bucket; the 1e-6 keeps 0.9 from being rounded below its own edge
         scalars |= means_by_bucket(each.flatten(), (ratio.flatten() * 10 + 1e-6).long().clamp_max(9), RATIO_BUCKETS)
         if codes is not None:
             now = torch.full((), share, device=rows.device)
@@ -85,7 +85,7 @@ class MixARObjective:
         return losses.loss, scalars
 
     def _mask(self, batch: Batch) -> tuple[Batch, Masking]:
-        """Mask the batch (Eq. 8), its images sorted by how much they show, so that equal lengths stand together."""
+        """Mask the batch (Eq. 8), with its images sorted by masked positions, so that equal lengths are adjacent."""
         cfg = self.cfg
         if batch.drawn is not None:
             counts, order = batch.drawn.count, batch.drawn.order
@@ -105,7 +105,7 @@ class MixARObjective:
     def _codes(
         self, batch: Batch, masking: Masking, epoch: float
     ) -> tuple[Tensor | None, Mixture | None, float, Tensor]:
-        """The discrete tokens that guide (Eqs. 10-12): true ones, what is mixed in, λ, and the share that it gets."""
+        """The discrete tokens (Eqs. 10-12): the true codes, TI-Mix's mixture, λ, and the share of mixed-in tokens."""
         cfg, seed = self.cfg, self.cfg.seed
         share = ground_truth_share(cfg.ti_mix, epoch)
         nothing = torch.zeros(2, device=batch.labels.device)
@@ -125,7 +125,7 @@ class MixARObjective:
         return codes, mixture, share, generated
 
     def _drawn(self, batch: Batch, masking: Masking, share: float) -> Tensor:
-        """x̂_d [B, N]. The prior runs for the images that take a token of it, the others keep their own."""
+        """x̂_d [B, N]. The prior runs only for images that use a token of it; the others keep their codes."""
         if batch.drawn is not None:
             return batch.drawn.codes
         assert self.prior is not None and batch.codes is not None
@@ -141,7 +141,7 @@ class MixARObjective:
         return batch.codes.index_copy(0, rows, filled)
 
     def _asking(self, batch: Batch, masking: Masking, share: float) -> list[int]:
-        """The images with a masked position of ρ ≥ λ: drawn once more on the host, which then waits for no device."""
+        """The images with a masked position of ρ ≥ λ; ρ is drawn again on the host, without waiting for the device."""
         seed, n, index = self.cfg.seed, self.cfg.model.tokens, torch.tensor(batch.host_index)
         rho = rng.uniform(seed, Stream.RHO, index, n)
         order = rng.permutation(seed, Stream.MASK_ORDER, index, n)
@@ -151,7 +151,7 @@ class MixARObjective:
     def open(self) -> None:
         self.frozen.open(self._needed)
         if self.cfg.model.guidance == "dc_mix" and self.cfg.model.code_dim is not None:
-            self.frozen.tokenizer.codebook()  # DC-Mix maps it: without the tokenizer's weights there is no training
+            self.frozen.tokenizer.codebook()  # DC-Mix maps it, so training needs the tokenizer's weights
 
     def preview(self, model: nn.Module) -> Tensor | None:
         if self.frozen.missing(self._needed):
@@ -164,7 +164,7 @@ class MixARObjective:
 
     def export(self, model: nn.Module, folder: Path, about: dict[str, Any]) -> None:
         if missing := self.frozen.missing(self._needed):
-            log.info("the export leaves out %s: the config names no weights of it", ", ".join(missing))
+            log.info("the export does not include %s: the config names no weights of it", ", ".join(missing))
             section = to_dict(self.cfg.model) | {"attention": "auto"}  # as in the pipeline's export
             write_export(
                 folder, "mixar", section, model.state_dict(), replace=True, sample=to_dict(self.cfg.sample),

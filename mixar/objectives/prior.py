@@ -1,4 +1,4 @@
-"""Training the discrete prior: MaskBit's masked cross-entropy on the tokens of the shards."""
+"""The training of the discrete prior: MaskBit's masked cross-entropy on the tokens of the shards."""
 
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from mixar.weights import write_export
 
 
 class PriorObjective(RandomInit):
-    """LFQBert's loss, every draw keyed by the sample's global index."""
+    """LFQBert's loss, with random numbers keyed by the sample's global index."""
 
     def __init__(self, cfg: Config, made: dict[str, Any]) -> None:
-        """`made`: the fingerprints of the codecs that made the shards, as `Frozen` takes them."""
+        """`made`: the fingerprints of the codecs that made the shards, as in `Frozen`."""
         self.cfg, self.seed = cfg, cfg.seed
         self.frozen = Frozen(cfg, made)
 
@@ -61,5 +61,5 @@ class PriorObjective(RandomInit):
 
     def export(self, model: nn.Module, folder: Path, about: dict[str, Any]) -> None:
         section = to_dict(self.cfg.prior) | {"weights": None}
-        made = {"tokenizer": self.frozen.made.get("tokenizer")}  # whose tokens it has learned
+        made = {"tokenizer": self.frozen.made.get("tokenizer")}  # whose tokens it was trained on
         write_export(folder, "prior", section, model.state_dict(), replace=True, **made, **about)

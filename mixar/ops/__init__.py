@@ -1,4 +1,4 @@
-"""The operators that training and sampling spend their bandwidth on.
+"""Custom operators for the memory-bound parts of training and sampling.
 
 Each has a reference in plain PyTorch here, and a CPU and a CUDA kernel in csrc/ that `mixar.ops.native` loads.
 """

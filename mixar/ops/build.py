@@ -1,9 +1,9 @@
-"""Compile the operators of csrc/ into a cache, and say what a run will take.
+"""Compilation of the operators of csrc/ into a cache, and a report of what a run will use.
 
     python -m mixar.ops.build [cpu] [cuda]
 
-g++ and nvcc are called directly. A library's file is named by a hash of all that shaped it, so nothing is compiled
-twice and nothing stale is loaded; several processes at once compile once.
+g++ and nvcc are called directly. A library's file is named by a hash of all its inputs, so that nothing is compiled
+twice and no stale library is loaded. Of several processes at once, one compiles.
 """
 
 import hashlib
@@ -26,11 +26,11 @@ from mixar.resources import SOURCES
 
 DEVICES = ("cpu", "cuda")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # 2.10, the oldest torch that a library must run with
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # 2.10, the oldest torch that a library supports
 
 
 class BuildError(Exception):
-    """Why a library cannot be had, in one line."""
+    """The reason why a library is not available, in one line."""
 
 
 def cache() -> Path:
@@ -39,20 +39,20 @@ def cache() -> Path:
 
 
 def library(device: str) -> Path:
-    """The path of a device type's library, whether it is built yet or not.
+    """The path of a device type's library, which may not be built yet.
 
     Raises:
-        BuildError: without sources or compilers.
+        BuildError: sources or compilers are missing.
     """
     compilers = ["g++", "nvcc"] if device == "cuda" else ["g++"]
     if not SOURCES.is_dir():
-        raise BuildError("this installation has no csrc/: install mixar anew")
+        raise BuildError("this installation has no csrc/: reinstall mixar")
     if missing := [name for name in compilers if shutil.which(name) is None]:
         raise BuildError(f"no {' and no '.join(missing)} on the PATH")
     inputs = [torch.__version__, *(text for step in _steps(device, Path(device)) for text in step)]
     inputs += [_output([name, "--version"]) for name in compilers]
     if device == "cpu":
-        inputs.append(_processor())  # -march=native gives other code on another processor
+        inputs.append(_processor())  # -march=native depends on the processor
     digest = hashlib.sha256("\n".join(inputs).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.read_bytes())
@@ -60,10 +60,10 @@ def library(device: str) -> Path:
 
 
 def build(device: str) -> Path:
-    """The library of a device type, compiled unless it lies in the cache.
+    """The library of a device type, compiled unless it is in the cache.
 
     Raises:
-        BuildError: without sources or compilers, or when they fail.
+        BuildError: sources or compilers are missing, or the compilation fails.
     """
     path = library(device)
     if path.exists():
@@ -72,7 +72,7 @@ def build(device: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             if not path.exists():
-                log.info("building the %s operators, once", device)
+                log.info("building the %s operators, which happens once", device)
                 with replacing(path) as part:
                     for step in _steps(device, part):
                         _output(step)
@@ -82,7 +82,7 @@ def build(device: str) -> Path:
 
 
 def status(device: str) -> tuple[bool, str]:
-    """Whether a run on a device type uses the compiled operators, and the same in words."""
+    """Whether a run on a device type uses the compiled operators, and a description."""
     asked = os.environ.get("MIXAR_OPS", "")
     if asked == "torch":
         return False, f"{device} operators in plain PyTorch, for MIXAR_OPS=torch"
@@ -98,7 +98,7 @@ def status(device: str) -> tuple[bool, str]:
 
 
 def _steps(device: str, file: Path) -> list[list[str]]:
-    """The commands that leave the library `file`."""
+    """The commands that compile the library `file`."""
     torch_folder = Path(torch.__file__).parent
     out = str(file)
     common = ["-std=c++17", "-O3", STABLE_ABI, f"-I{torch_folder / 'include'}"]
@@ -110,13 +110,13 @@ def _steps(device: str, file: Path) -> list[list[str]]:
     known = _architectures()
     codes = [f"-gencode=arch={name.replace('sm', 'compute')},code={name}" for name in known]
     newest = known[-1].replace("sm", "compute")
-    codes.append(f"-gencode=arch={newest},code={newest}")  # for cards that came later
+    codes.append(f"-gencode=arch={newest},code={newest}")  # PTX for newer cards
     shared = ["-DMIXAR_CUDA", "-DUSE_CUDA", "-Xcompiler=-fPIC", "-shared"]
     return [["nvcc", *common, *shared, *codes, bind, *sources, *link, "-ltorch_cuda", "-o", out]]
 
 
 def _architectures() -> list[str]:
-    """Those that this nvcc knows."""
+    """Those of `ARCHITECTURES` that this nvcc supports."""
     listed = _output(["nvcc", "--list-gpu-code"]).split()
     if not (known := [name for name in ARCHITECTURES if name in listed]):
         raise BuildError(f"nvcc knows none of {', '.join(ARCHITECTURES)}")
@@ -150,7 +150,7 @@ def main(devices: list[str]) -> int:
         try:
             build(device)
         except BuildError as error:
-            failed |= bool(devices)  # what was named must be had
+            failed |= bool(devices)  # a device that was named must work
             print(f"{device}: {error}", file=sys.stderr)
         print(f"{status(device)[1]} ({time.monotonic() - begun:.1f} s)", flush=True)
     return int(failed)

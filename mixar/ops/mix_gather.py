@@ -1,4 +1,4 @@
-"""DC-Mix and TI-Mix (Eqs. 9 and 12) in one pass, from the encoder's output straight to the decoder's input."""
+"""DC-Mix and TI-Mix (Eqs. 9 and 12) in one pass, from the encoder's output to the decoder's input."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mixar.ops.native import LIBRARY, define
 
-MAX_BITS = 24  # of the kernels, as many as a tokenizer may have
+MAX_BITS = 24  # limit of the kernels, and of a tokenizer's bits
 TYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
@@ -36,32 +36,32 @@ def mix_gather(
     rho: Tensor | None = None,
     share: Tensor | None = None,
 ) -> Tensor:
-    """Encoder output where a token was seen, the embedding of the discrete token elsewhere, plus positions (Eq. 9).
+    """The encoder's output at visible positions, the discrete token's embedding at masked ones, plus positions (Eq. 9).
 
-    The embedding is bias + weight · bits, or a row of a table where there is no bias. A dropped token (negative id) has
-    all bits zero, and no row. With `drawn`, `rho` and `share` the discrete token is TI-Mix's: codes where ρ < λ, drawn
-    elsewhere (Eq. 12).
+    The embedding is bias + weight · bits, or a row of a table if there is no bias. For a dropped token (negative id)
+    all bits are zero, and no row is added. With `drawn`, `rho` and `share` the discrete token is TI-Mix's: from `codes`
+    where ρ < λ, from `drawn` elsewhere (Eq. 12).
 
     Args:
         encoded: [T, D], the encoder's packed output.
-        slots: int64 [B, P], the row of `encoded` that stands at each position, negative where masked; each row once.
-        codes: int64 [B, N], of the last N positions; None, and a weight of no bits, put the bias at masked positions.
+        slots: int64 [B, P], the row of `encoded` for each position, negative where masked; each row is used once.
+        codes: int64 [B, N], for the last N positions; None with a weight of zero bits puts the bias at masked ones.
         weight: [D, n] with n of at most 24, or a table [K, D].
         bias: [D]; None with a table.
-        positions: [P, D], the decoder's position table.
+        positions: [P, D], the decoder's position embeddings.
         drawn, rho: int64 and float32 [B, N], the prior's tokens and ρ.
-        share: float32 [1], λ; a tensor, so that a compiled step sees no new number.
+        share: float32 [1], λ; a tensor, so that a compiled step is not compiled again when it changes.
 
     Returns:
         [B, P, D], of the common type of `encoded` and `positions`.
 
     Raises:
-        RuntimeError: shapes or types that do not fit; on the CPU also a slot or table id that does not exist.
+        RuntimeError: shapes or types do not fit; on the CPU also if a slot or table id does not exist.
     """
     length, width = positions.shape
     columns = (width, weight.shape[1]) if bias is not None else (weight.shape[0], width)
     mixed = [x for x in (drawn, rho) if x is not None]
-    # a compiler takes constant messages only
+    # torch.compile accepts only constant messages
     torch._check(slots.shape[1] == length, lambda: "slots [B, P] and positions [P, D] do not fit")
     torch._check(encoded.shape[1] == width, lambda: "encoded [T, D] and positions [P, D] do not fit")
     torch._check(weight.shape == columns, lambda: "weight [D, n], or [K, D] without bias, and positions do not fit")
@@ -90,7 +90,7 @@ def reference(
     bias: Tensor | None,
     positions: Tensor,
 ) -> Tensor:
-    """The operator in plain PyTorch, differentiable. Arguments as in `mix_gather`, types as its kernels take them."""
+    """The operator in plain PyTorch, differentiable. Arguments as in `mix_gather`, with the types of its kernels."""
     ids = _ids(slots, codes, drawn, rho, share)
     with torch.autocast(slots.device.type, enabled=False):
         if bias is not None:
@@ -113,15 +113,15 @@ def backward_reference(
     dtype: torch.dtype,
     bits: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients that every masked or seen position has a part in, of grad [B, P, D].
+    """The gradients of the operator's inputs from grad [B, P, D], except that of a table.
 
     Args:
         tokens, dtype: T and the type of `encoded`.
-        bits: n, or -1 with a table, whose gradient is not computed here.
+        bits: n, or -1 with a table.
 
     Returns:
-        of `encoded` [T, D]; of `positions` [P, D]; of `weight` and `bias` as [n + 1, D], the bias last. The latter two
-        are float32, or float64 for a float64 gradient.
+        of `encoded` [T, D]; of `positions` [P, D]; of `weight` and `bias` together [n + 1, D], with the bias last. The
+        latter two are float32, or float64 for a float64 gradient.
     """
     sums = torch.float64 if grad.dtype == torch.float64 else torch.float32
     flat = grad.flatten(0, 1)
@@ -135,7 +135,7 @@ def backward_reference(
 
 
 def _ids(slots: Tensor, codes: Tensor | None, drawn: Tensor | None, rho: Tensor | None, share: Tensor | None) -> Tensor:
-    """The mixed discrete tokens [B, P], negative where a token was seen, was dropped, or never was."""
+    """The mixed discrete tokens [B, P], negative at visible positions, dropped tokens and the prefix."""
     if codes is None:
         return torch.full_like(slots, -1)
     if drawn is not None:
@@ -145,7 +145,7 @@ def _ids(slots: Tensor, codes: Tensor | None, drawn: Tensor | None, rho: Tensor 
 
 
 def _rows(slots: Tensor, tokens: int) -> Tensor:
-    """The place in [B*P] of each of the T encoded tokens: slots inverted."""
+    """The index into [B*P] of each of the T encoded tokens: the inverse of slots."""
     return slots.flatten().argsort()[slots.numel() - tokens :]
 
 
@@ -180,7 +180,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.bits >= 0:
         d_weight, d_bias = d_map[:-1].T.contiguous().to(grad.dtype), d_map[-1].to(grad.dtype)
     else:
-        # torch's own scatter sorts by id, so its sums have one order; what has no row goes past the table's end
+        # torch's own scatter sorts by id, so that sums have a fixed order; tokens without a row go past the table's end
         ids, outside = _ids(*ctx.saved_tensors), ctx.entries
         ids = torch.where(ids < 0, outside, ids)
         d_weight = torch.ops.aten.embedding_dense_backward(grad, ids, outside + 1, outside, False)[:outside]

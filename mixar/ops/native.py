@@ -1,6 +1,6 @@
-"""Which implementation of the operators a run takes: compiled kernels where they can be had, else plain PyTorch.
+"""The choice of the operators' implementation: compiled kernels if they are available, else plain PyTorch.
 
-`MIXAR_OPS=native` makes a missing kernel an error, `MIXAR_OPS=torch` takes plain PyTorch even so.
+`MIXAR_OPS=native` makes a missing kernel an error, `MIXAR_OPS=torch` always uses plain PyTorch.
 """
 
 import os
@@ -12,7 +12,7 @@ import torch
 from mixar.log import log
 
 LIBRARY = torch.library.Library("mixar", "FRAGMENT")  # schemas, references, gradients; compiled code adds kernels
-_taken: dict[str, str] = {}  # device type to what its operators run in
+_taken: dict[str, str] = {}  # device type to the description of its operators
 
 
 def choice() -> str:
@@ -28,10 +28,10 @@ def choice() -> str:
 
 
 def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """An operator of `LIBRARY`, which runs its reference where there is no kernel.
+    """Define an operator of `LIBRARY`, which runs its reference if there is no kernel.
 
-    Its first call on a device type is the moment to look for one: then nothing is compiled before it is needed, and a
-    traced graph, which calls the operator and no Python around it, comes by here too.
+    The first call on a device type looks for a kernel, so that nothing is compiled before it is needed. A traced graph
+    does so, too, although it calls only the operator and no Python around it.
     """
     name = schema.partition("(")[0]
 
@@ -48,15 +48,15 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
 
 
 def load(device: str) -> str:
-    """Take the kernels of a device type, compiled at their first use; once a process, free afterwards.
+    """Load the kernels of a device type, compiled at their first use; later calls in a process return at once.
 
-    Call it before a process group is made, since a first build takes up to a minute.
+    Call it before a process group is created, since a first build takes up to a minute.
 
     Returns:
-        what the operators run in, in words.
+        a description of the implementation.
 
     Raises:
-        RuntimeError: without kernels, under `MIXAR_OPS=native`.
+        RuntimeError: there are no kernels, and `MIXAR_OPS=native`.
     """
     if device not in _taken:
         _taken[device] = _take(device)

@@ -1,4 +1,4 @@
-"""Sinusoidal features of a timestep."""
+"""The sinusoidal features of timesteps."""
 
 import math
 from functools import lru_cache
@@ -27,7 +27,7 @@ def timestep_embed(
 
 @lru_cache(maxsize=8)
 def _frequencies(features: int, max_period: float, device: torch.device) -> Tensor:
-    # an input of the kernels: an exp of their own would differ by 1e-4 in the angle at t = 1000
+    # computed here for all kernels: their own exp would change the angle at t = 1000 by 1e-4
     half = features // 2
     return torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=device) / half)
 

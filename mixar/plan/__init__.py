@@ -1,4 +1,4 @@
-"""The figures of a run from its config alone: parameters, length, work, memory, and speed on GPUs."""
+"""The plan of a run from its config alone: parameters, length, FLOP, memory, and speed on GPUs."""
 
 from mixar.plan.figures import make_plan, parameter_count
 from mixar.plan.text import render

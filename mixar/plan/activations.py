@@ -1,7 +1,7 @@
-"""The bytes that autograd keeps of a forward for the backward, from the architecture.
+"""The bytes of activations that autograd keeps for the backward pass, computed from the architecture.
 
 The dtypes are those of autocast on CUDA: matrices in bf16, layer norms in float32, one byte per value for dropout
-masks, and no probabilities of the attention.
+masks. Attention weights are not kept.
 """
 
 from mixar.config import ModelConfig
@@ -10,13 +10,14 @@ from mixar.model.head import TimestepEmbedder
 from mixar.plan.work import Tokens
 
 _F32 = 4
-_STATISTICS = 2 * _F32  # mean and inverse deviation of a layer norm, per token
+_STATISTICS = 2 * _F32  # mean and inverse standard deviation of a layer norm, per token
 
 
 def activation_bytes(cfg: ModelConfig, tokens: Tokens, precision: str, recompute: str) -> dict[str, float]:
     """Bytes per image that the backbone and the head keep, without weights and without autocast's copies of them.
 
-    A recomputed part keeps the inputs of its blocks; `again` is then the largest block, which the backward holds whole.
+    A recomputed part keeps only the inputs of its blocks. `again` is then the size of the largest block, since the
+    backward pass holds one complete block at a time.
     """
     e = 2 if precision == "bf16" else 4
     enc, dec, w = cfg.encoder_width, cfg.decoder_width, cfg.head_width
@@ -24,7 +25,7 @@ def activation_bytes(cfg: ModelConfig, tokens: Tokens, precision: str, recompute
     encoder = _block(cfg, enc, cfg.encoder_heads, tokens.encoder, tokens.encoder, e)
     decoder = _block(cfg, dec, cfg.decoder_heads, tokens.decoder, tokens.decoder, e)
     last = _block(cfg, dec, cfg.decoder_heads, tokens.decoder, tokens.masked, e)
-    last += tokens.masked * e * dec  # the queries that it picks
+    last += tokens.masked * e * dec  # the selected queries
     # shift | scale | gate, input of the first linear, of silu, of the second linear, its output
     residual = tokens.rows * (7 * e * w + 2 * _F32 * w + _STATISTICS)  # and the norm's input and output
     again = []
@@ -58,7 +59,7 @@ def _block(cfg: ModelConfig, width: int, heads: int, tokens: float, wanted: floa
     """Bytes per image of a backbone block on `tokens` tokens, `e` bytes per value of autocast's dtype.
 
     Args:
-        wanted: the tokens that it returns.
+        wanted: the number of tokens that it returns.
     """
     mask = int(cfg.dropout > 0)
     hidden = int(width * cfg.mlp_ratio)
@@ -75,6 +76,6 @@ def _block(cfg: ModelConfig, width: int, heads: int, tokens: float, wanted: floa
 
 
 def _memory(cfg: ModelConfig, e: int) -> float:
-    """Bytes per image of the guidance's memory, made once for the encoder and once for the decoder."""
-    kept = 1 if e == 2 else 2  # the input of its norm; in float32 the output as well, which no block has to cast
+    """Bytes per image of the guidance's memory, computed once for the encoder and once for the decoder."""
+    kept = 1 if e == 2 else 2  # the input of its norm; in float32 also the output, since blocks do not cast it
     return 2 * guidance_of(cfg).memory_tokens * kept * _F32 * cfg.encoder_width

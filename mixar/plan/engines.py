@@ -1,4 +1,4 @@
-"""Memory, traffic and work of a rank per step under each engine. Nothing here has been measured on a GPU."""
+"""Memory, traffic and FLOP per rank and step with each engine. Nothing here has been measured on a GPU."""
 
 import math
 from dataclasses import dataclass, replace
@@ -12,20 +12,20 @@ from mixar.plan.activations import activation_bytes
 from mixar.plan.work import Tokens, matrices
 
 UTILISATION = {False: 0.17, True: 0.35}  # share of the card's peak, without and with `engine.compile`
-OVERLAP = 0.7  # share of the communication that can hide behind the computation
+OVERLAP = 0.7  # share of the communication that can overlap with the computation
 LINK = 0.8  # share of a link's specified bandwidth
-DEEPSPEED_BUCKET = 500_000_000  # values of gradients in flight: DeepSpeed's default of reduce_bucket_size
-DEEPSPEED_LIVE = 1_000_000_000  # values of weights gathered at a time: its default of stage3_max_live_parameters
+DEEPSPEED_BUCKET = 500_000_000  # gradient values per bucket: DeepSpeed's default of reduce_bucket_size
+DEEPSPEED_LIVE = 1_000_000_000  # weight values gathered at a time: its default of stage3_max_live_parameters
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Values of the trained model's parts."""
+    """The number of values in each part of the trained model."""
 
     parameters: int
     blocks: int  # in the units that FSDP shards: backbone blocks and the head's residual blocks
     largest: int  # the largest of them
-    matrices: int  # what autocast copies to bf16
+    matrices: int  # those that autocast copies to bf16
 
     @property
     def root(self) -> int:
@@ -33,7 +33,7 @@ class Sizes:
 
     @classmethod
     def of(cls, model: MixAR) -> "Sizes":
-        """Counted; the model may be on the meta device."""
+        """The sizes of `model`, which may be on the meta device."""
         sizes = [sum(p.numel() for p in unit.parameters()) for units in model.blocks().values() for unit in units]
         copied = sum(matrices(model).values())
         return cls(sum(p.numel() for p in model.parameters()), sum(sizes), max(sizes), copied)
@@ -41,13 +41,13 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Layout:
-    """A run over `gpus` ranks, whole nodes of eight where there is more than one."""
+    """A run on `gpus` ranks, in full nodes of eight if there is more than one node."""
 
     cfg: Config
     gpus: int
     sizes: Sizes
     tokens: Tokens
-    frozen: int  # values of the prior, 0 where the step does not run it
+    frozen: int  # values of the prior, 0 if the step does not run it
 
     @property
     def nodes(self) -> int:
@@ -64,7 +64,7 @@ class Layout:
         return self.cfg.train.batch // (self.gpus * self.micro)
 
     def engine(self, launcher: str) -> str:
-        """The engine that a run takes under a launcher, torchrun or deepspeed."""
+        """The engine of a run started by a launcher, torchrun or deepspeed."""
         if self.cfg.engine.name is not None or self.gpus == 1:
             return self.cfg.engine.name or "ddp"
         if launcher == "deepspeed":
@@ -72,7 +72,7 @@ class Layout:
         return "fsdp" if self.nodes == 1 else "hsdp"
 
     def memory(self, engine: str) -> dict[str, int]:
-        """Bytes per rank by part, at their peaks, and their sum: more than is ever held at once."""
+        """Peak bytes per rank by part, and their sum, which is more than is ever held at once."""
         s, whole = self.sizes, self.sizes.parameters
         part = math.ceil(whole / (self.gpus // self.nodes if engine == "hsdp" else self.gpus))
         gathered = 0  # bytes
@@ -80,12 +80,12 @@ class Layout:
             weights = gradients = states = whole
         elif engine in ("fsdp", "hsdp"):
             weights = states = part
-            # accumulated gradients are whole until the last pass; else only those of the block at work are
+            # accumulated gradients are complete until the last pass; otherwise only those of the current block are
             gradients = whole if self.passes > 1 else part + s.largest
-            # blocks: all of them, or the one at work and the next
+            # all blocks, or the current one and the next
             gathered = 4 * (s.root + (s.blocks if engine == "hsdp" else min(2 * s.largest, s.blocks)))
         else:
-            # stages 1 and 2 step a copy of their part of the weights, also where these are float32
+            # stages 1 and 2 update a copy of their part of the weights, even if these are float32
             weights = part if engine == "zero3" else whole + part
             gradients = (whole if engine == "zero1" else part) + DEEPSPEED_BUCKET
             states = part
@@ -104,10 +104,10 @@ class Layout:
         return memory | {"total": sum(memory.values())}
 
     def moved(self, engine: str) -> dict[str, float]:
-        """Bytes that a rank sends per step, within its node and out of it.
+        """Bytes that a rank sends per step, within its node and to other nodes.
 
-        Of S bytes a ring of n sends (n-1)/n for an all-gather or a reduce-scatter and twice that for an all-reduce. A
-        ring over several nodes leaves each of them once, which its GPUs share.
+        In a ring of n, an all-gather or a reduce-scatter of S bytes sends S (n-1)/n per rank, an all-reduce twice that.
+        A ring over several nodes has one link out of each node, so its traffic is divided among the GPUs of the node.
         """
         s, k = self.sizes, self.passes
         local = self.gpus // self.nodes
@@ -118,8 +118,8 @@ class Layout:
             return {"within": within, "across": 2 * (self.nodes - 1) / self.nodes * whole / local}
         sent = {
             "ddp": 2 * whole,  # all-reduce
-            "fsdp": k * (2 * blocks + root) + whole,  # gathers forward and, of blocks, backward; reduce-scatter
-            "zero1": 2 * whole,  # reduce-scatter of the gradients, gather of the stepped weights
+            "fsdp": k * (2 * blocks + root) + whole,  # gathers forward, and of blocks also backward; reduce-scatter
+            "zero1": 2 * whole,  # reduce-scatter of the gradients, gather of the updated weights
             "zero2": (k + 1) * whole,  # the same, with one reduce-scatter per pass
             "zero3": 3 * k * whole,  # gathers forward and backward and one reduce-scatter per pass
         }[engine] * (self.gpus - 1) / self.gpus  # fmt: skip
@@ -127,10 +127,10 @@ class Layout:
         return {"within": sent - across, "across": across}
 
     def seconds(self, moved: dict[str, float], flops: float, card: Card) -> float:
-        """A step: its computation at `UTILISATION`, and the communication that does not hide behind it.
+        """Seconds per step: the computation at `UTILISATION`, and the communication that does not overlap with it.
 
         Args:
-            flops: executed per image.
+            flops: FLOP executed per image.
         """
         peak = card.bf16 if self.cfg.train.precision == "bf16" else card.fp32
         work = self.passes * self.micro * flops / (peak * UTILISATION[self.cfg.engine.compile])
@@ -138,7 +138,7 @@ class Layout:
         return work + talk - min(OVERLAP * talk, work)
 
     def fixes(self, engine: str, card: Card) -> list[str]:
-        """Changes of the config that make the engine fit the card, as text to type."""
+        """Overrides of the config with which the engine fits the card."""
         group = self.cfg.mask.group if self.cfg.mask.ratio_scope == "image" else 1
         smaller = [m for m in range(self.micro - 1, 0, -1) if self.micro % m == 0 and m % group == 0]
         passes = {m: replace(self, tokens=replace(self.tokens, images=m)) for m in smaller}
@@ -155,23 +155,23 @@ class Layout:
 
 
 def images_a_rank(cfg: Config, gpus: int) -> int:
-    """The micro-batch of a run on so many GPUs.
+    """The micro-batch of a run on `gpus` GPUs.
 
     Raises:
-        UserError: GPUs that fill no whole nodes, or a batch that does not divide over them.
+        UserError: the GPUs do not fill complete nodes, or the batch does not divide over them.
     """
     if gpus < 1 or (gpus > GPUS_A_NODE and gpus % GPUS_A_NODE):
         nodes = max(1, round(gpus / GPUS_A_NODE))
-        raise UserError(f"--gpus {gpus} fills no whole nodes of {GPUS_A_NODE}: write --gpus {nodes * GPUS_A_NODE}")
+        raise UserError(f"--gpus {gpus} does not fill nodes of {GPUS_A_NODE}: write --gpus {nodes * GPUS_A_NODE}")
     return images_per_pass(cfg, gpus)
 
 
 def engine_plans(layout: Layout, card: Card, flops: float, steps: int | None) -> dict[str, dict[str, Any]]:
-    """Memory, bytes moved, speed and length under each engine.
+    """Memory, bytes sent, speed and duration with each engine.
 
     Args:
-        flops: executed per image.
-        steps: of the whole run.
+        flops: FLOP executed per image.
+        steps: number of steps of the whole run.
     """
     plans: dict[str, dict[str, Any]] = {}
     for engine in ENGINES:

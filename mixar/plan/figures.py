@@ -1,4 +1,4 @@
-"""A plan as plain values, from the config and the model on the meta device: nothing is allocated, nothing started."""
+"""A plan as plain values, from the config and the model on the meta device: nothing is allocated or started."""
 
 from typing import Any
 
@@ -17,29 +17,29 @@ from mixar.plan.work import mean_tokens, prior_flops, prior_share, training_flop
 from mixar.prior import Prior, load_prior
 from mixar.weights import is_export
 
-_COPIES = {"weights": 1, "gradients": 1, "adam": 2, "ema": 1}  # float32 values held for each parameter
+_COPIES = {"weights": 1, "gradients": 1, "adam": 2, "ema": 1}  # float32 values per parameter
 
 
 def parameter_count(cfg: Config) -> int:
-    """Trained parameters of the run, counted on the meta device."""
+    """The number of trained parameters of the run, counted on the meta device."""
     return _values(_build(cfg, cfg.task))
 
 
 def make_plan(cfg: Config, images: int | None = None, gpus: int | None = None, card: str = "h100") -> dict[str, Any]:
-    """Figures of a run.
+    """The plan of a run.
 
     Args:
-        images: of the set; by default what the shards' manifest says, else `data.count`.
-        gpus: lay the run out over so many, under every engine.
+        images: number of training images; by default that of the shards' manifest, else `data.count`.
+        gpus: also plan the run on this number of GPUs, with every engine.
         card: one of `CARDS`.
 
     Returns:
-        plain values. `memory` in bytes for one process, without activations; `flops` of a training image; with
-        `gpus` also the layout, `engines`, in bytes per rank, bytes per rank and step, seconds, images/s and days, and
-        the `assumptions` behind them.
+        plain values. `memory` is in bytes for one process, without activations; `flops` are per training image. With
+        `gpus` also the layout, `engines` (bytes per rank, bytes sent per rank and step, seconds, images/s and days),
+        and their `assumptions`.
 
     Raises:
-        UserError: a batch that does not divide over the GPUs; GPUs for a task other than mixar.
+        UserError: the batch does not divide over the GPUs, or there are GPUs for a task other than mixar.
     """
     model = _build(cfg, cfg.task)
     parameters = _values(model)
@@ -57,7 +57,7 @@ def make_plan(cfg: Config, images: int | None = None, gpus: int | None = None, c
     plan["memory"]["total"] = sum(plan["memory"].values())
     if not isinstance(model, MixAR):
         if gpus is not None:
-            raise UserError(f"--gpus lays out task=mixar only, this config has task={cfg.task}: leave --gpus out")
+            raise UserError(f"--gpus plans task=mixar only, but this config has task={cfg.task}: leave --gpus out")
         return plan
 
     alone = cfg.train.micro_batch or cfg.train.batch
@@ -68,7 +68,7 @@ def make_plan(cfg: Config, images: int | None = None, gpus: int | None = None, c
     executed, frozen = sum(training_flops(model, tokens, cfg.engine.recompute).values()), 0
     if cfg.ti_mix.enabled and cfg.ti_mix.source == "online":
         weights = cfg.prior.weights
-        # an export has a geometry of its own
+        # an export has its own geometry
         exported = weights is not None and is_export(weights)
         prior = load_prior(cfg.prior, cfg.trust_pickle) if exported else _build(cfg, "prior")
         assert isinstance(prior, Prior)

@@ -1,16 +1,16 @@
-"""A plan as lines to read, its assumptions among them."""
+"""A plan as text, with its assumptions."""
 
 from typing import Any
 
 from mixar.cards import CARDS, GPUS_A_NODE
 from mixar.plan.engines import DEEPSPEED_BUCKET, DEEPSPEED_LIVE, LINK, OVERLAP, UTILISATION
 
-_WIDTH = 15  # of a name
+_WIDTH = 15  # of the names' column
 _PARTS = ("weights", "gradients", "adam", "ema", "gathered", "bf16_copies", "prior", "activations", "total")
 
 
 def render(plan: dict[str, Any]) -> str:
-    """A plan as lines to read."""
+    """A plan as text of several lines."""
     lines = []
     for name, value in plan.items():
         if name in ("chosen", "engines", "assumptions"):
@@ -20,7 +20,7 @@ def render(plan: dict[str, Any]) -> str:
             value = f"{parts} GiB in one process, without activations"
         elif name == "flops":
             parts = ", ".join(f"{part} {size / 1e12:.3f}" for part, size in value.items())
-            value = f"{parts} TFLOP an image, forward and backward"
+            value = f"{parts} TFLOP per image, forward and backward"
         elif value is None:
             value = "unknown: write data.count=<images>, or prepare the shards first"
         elif isinstance(value, int):
@@ -33,14 +33,14 @@ def render(plan: dict[str, Any]) -> str:
 
 
 def _table(plan: dict[str, Any]) -> list[str]:
-    """One row an engine."""
+    """A table with one row per engine."""
     rows = [["engine", *(part.replace("_", " ") for part in _PARTS), "in node", "across", "planned speed"]]
     for name, engine in plan["engines"].items():
         parts = [engine["memory"][part] for part in _PARTS]
         moved = [engine["moved"][where] for where in ("within", "across")]
         rows.append([name, *(f"{size / 1e9:.2f}" for size in parts + moved), _speed(plan, engine)])
     widths = [max(map(len, column)) for column in zip(*rows)]
-    heading = "  GB per rank at the peak of each part; GB it sends per step, inside its node and across nodes"
+    heading = "  GB per rank at the peak of each part; GB sent per rank and step, within the node and across nodes"
     return [heading, *("  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)]
 
 
@@ -52,7 +52,7 @@ def _speed(plan: dict[str, Any], engine: dict[str, Any]) -> str:
 
 
 def _conclusions(plan: dict[str, Any]) -> list[str]:
-    """Which engine a run takes, and what would make the others fit."""
+    """The engine of the run, and changes with which the others would fit."""
     chosen, engines = plan["chosen"], plan["engines"]
     if chosen["torchrun"] == chosen["deepspeed"]:
         lines = [f"  this run takes {chosen['torchrun']}"]
@@ -71,23 +71,23 @@ def assumptions(card_name: str, compiled: bool, precision: str) -> list[str]:
     card = CARDS[card_name]
     peak = card.bf16 if precision == "bf16" else card.fp32
     anchor = (
-        "what compiled transformers of 0.8 to 1.3 B parameters report on H100 starts there, 35-43 %"
+        "the lower end of reports of compiled transformers of 0.8 to 1.3 B parameters on H100, 35-43 %"
         if compiled
-        else "the upper end of what published MAR-L runs come to, 9-17 %; engine.compile=true is planned at "
+        else "the upper end of published MAR-L runs, 9-17 %; engine.compile=true is planned at "
         f"{UTILISATION[True]:.0%}"
     )
     return [
         f"{card_name}: {card.memory / 1e9:.0f} GB, {peak / 1e12:.0f} TFLOP/s dense in {precision}, "
-        f"{card.nvlink / 1e9:.0f} GB/s to its node and {card.network / 1e9:.0f} GB/s out of it in one direction, "
-        f"as its maker specifies it in nodes of {GPUS_A_NODE}",
+        f"{card.nvlink / 1e9:.0f} GB/s to its node and {card.network / 1e9:.0f} GB/s to other nodes in one direction, "
+        f"as its maker specifies for nodes of {GPUS_A_NODE}",
         f"the computation reaches {UTILISATION[compiled]:.0%} of that peak: {anchor}",
-        f"links reach {LINK:.0%} of their bandwidth; {OVERLAP:.0%} of the communication hides behind the computation; "
-        "latency is not counted, which flatters engines that gather over many nodes",
+        f"links reach {LINK:.0%} of their bandwidth; {OVERLAP:.0%} of the communication overlaps with the computation; "
+        "latency is not counted, which favours engines that gather over many nodes",
         "weights, gradients, Adam's moments and EMA are float32; the peaks of the parts are summed, though they do not "
-        "fall together; CUDA's context, NCCL and fragments take what a card has beyond its nominal GB",
-        "activations as autograd keeps them in eager mode, with attention that keeps no probabilities",
+        "coincide; CUDA's context, NCCL and fragmentation take the memory that a card has beyond its nominal GB",
+        "activations are those that autograd keeps in eager mode, without the attention weights",
         f"DeepSpeed's own defaults: a bucket of {DEEPSPEED_BUCKET:,} gradients, up to {DEEPSPEED_LIVE:,} weights "
-        "gathered at a time; its stages 1 and 2 hold a second copy of the weights they step",
-        "loading, optimizer step, checkpoints and previews take no time; the prior runs in the share of steps that "
-        "TI-Mix needs it in",
+        "gathered at a time; its stages 1 and 2 hold a second copy of the weights that they update",
+        "loading, optimizer step, checkpoints and previews take no time; the prior runs only in the steps in which "
+        "TI-Mix needs it",
     ]

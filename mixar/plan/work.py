@@ -1,4 +1,4 @@
-"""The work of a training step: tokens per image in each part, and the FLOP spent on them."""
+"""The computation of a training step: tokens per image in each part, and their FLOP."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ RECOMPUTED = {  # parameters of the blocks that each `engine.recompute` runs for
     "head": ("diffloss.net.res_blocks.",),
     "all": ("encoder_blocks.", "decoder_blocks.", "diffloss.net.res_blocks."),
 }
-# layers on data: no gradient flows through them
+# layers applied to data: no gradient flows to their input
 FIRST = ("z_proj.", "diffloss.net.input_proj.", "diffloss.net.time_embed.mlp.0.")
 
 
@@ -25,20 +25,20 @@ class Tokens:
     """Tokens per image in each part of MixAR, as means over images.
 
     Attributes:
-        images: of a pass, whose rows share one table of embedded times.
+        images: number of images per pass, whose rows share one table of embedded times.
     """
 
     encoder: float  # prefix + V
-    pairs: float  # (prefix + V)², what the encoder's self-attention compares
+    pairs: float  # (prefix + V)², the query-key pairs of the encoder's self-attention
     decoder: int  # prefix + N
     masked: float  # N - V
     rows: float  # of the head: masked positions x noise levels
-    times: float  # that the head embeds: those of the rows, or the process's where it has fewer
+    times: float  # times that the head embeds: those of the rows, or of the process if it has fewer
     images: int
 
     @classmethod
     def of(cls, cfg: ModelConfig, visible: Sequence[int], images: int) -> "Tokens":
-        """Means over images that show `visible` positions each, in passes of `images`."""
+        """Means over images with `visible` visible positions each, in passes of `images`."""
         prefix = cfg.class_tokens + guidance_of(cfg).prefix
         lengths = [prefix + v for v in visible]
         masked = cfg.tokens - sum(visible) / len(visible)
@@ -50,14 +50,14 @@ class Tokens:
 
 
 def mean_tokens(cfg: Config, images: int) -> Tokens:
-    """Means over the law of the mask ratio (Eq. 8), from its 1024 quantiles, in passes of `images`."""
+    """Means over the distribution of the mask ratio (Eq. 8), from 1024 quantiles, in passes of `images`."""
     fine = replace(cfg.mask, ratio_scope="image", group=1024)
     counts = masked_counts(fine, cfg.model.tokens, 0, range(1024), 1024)
     return Tokens.of(cfg.model, [cfg.model.tokens - count for count in counts], images)
 
 
 def matrices(module: nn.Module) -> dict[str, int]:
-    """Values of each matrix that multiplies tokens; tables are looked up, the code bits' map adds its columns up."""
+    """The size of each matrix that multiplies tokens: not tables, nor the map of code bits, which sums its columns."""
     return {
         name: p.numel()
         for name, p in module.named_parameters()
@@ -79,7 +79,7 @@ def training_flops(model: MixAR, tokens: Tokens, recompute: str = "none") -> dic
     cfg, passes = model.config, 4 if recompute in ("backbone", "all") else 3
     crossed = model.guidance.memory_tokens
     encoder = cfg.encoder_depth * cfg.encoder_width * (tokens.pairs + tokens.encoder * crossed)
-    queries = (cfg.decoder_depth - 1) * tokens.decoder + tokens.masked  # in the last block of masked positions alone
+    queries = (cfg.decoder_depth - 1) * tokens.decoder + tokens.masked  # the last block: masked ones only
     decoder = cfg.decoder_width * queries * (tokens.decoder + crossed)
     flops["backbone"] += 4 * passes * (encoder + decoder)
     return flops
@@ -101,12 +101,12 @@ def _tokens_at(name: str, model: MixAR, tokens: Tokens) -> float:
     if ".cross_attn.k." in name or ".cross_attn.v." in name:
         return model.guidance.memory_tokens
     if name.startswith(f"decoder_blocks.{cfg.decoder_depth - 1}.") and ".attn.qkv." not in name:
-        return tokens.masked  # of the others their keys and values alone are used
+        return tokens.masked  # at the other positions only keys and values are computed
     return tokens.decoder if name.startswith("decoder_blocks.") else tokens.encoder
 
 
 def prior_flops(prior: Prior) -> float:
-    """FLOP per image of the prior's forward."""
+    """FLOP per image of the prior's forward pass."""
     cfg, n = prior.config, prior.config.grid**2
     linear = sum(2 * (n + name.startswith("transformer.")) * size for name, size in matrices(prior).items())
     return linear + 4 * cfg.depth * cfg.width * (n + 1) ** 2

@@ -1,4 +1,4 @@
-"""The discrete prior g_M: MaskBit's generator, its training loss, and drawing codes from it."""
+"""The discrete prior g_M: MaskBit's generator, its training loss, and the sampling of codes."""
 
 from pathlib import Path
 
@@ -26,10 +26,10 @@ __all__ = [
 def load_prior(cfg: PriorConfig, trust_pickle: bool = False) -> Prior:
     """The frozen prior at `cfg.weights`, in eval mode on the CPU.
 
-    An export folder brings its own geometry; a public checkpoint must fit the one of `cfg`.
+    An export folder contains its own geometry; a public checkpoint must fit that of `cfg`.
 
     Raises:
-        UserError: no weights given, or a file that is missing, of another kind or of another geometry.
+        UserError: there are no weights, or they are of another kind or of another geometry.
     """
     path = cfg.weights
     if path is None:

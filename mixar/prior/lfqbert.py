@@ -18,10 +18,10 @@ _EPS = 1e-12  # of every norm, as in BERT
 
 
 class Prior(nn.Module):
-    """Predicts every sub-token of an image from the ones that are not masked, and the class.
+    """The prediction of every sub-token of an image from those that are not masked, and the class.
 
-    There is no embedding table: a sub-token enters as its ±1 bits, a masked one as zeros. The class is a token of its
-    own at the end of the sequence.
+    There is no embedding table: a sub-token enters as its ±1 bits, a masked one as zeros. The class is an additional
+    token at the end of the sequence.
     """
 
     bits_to_indices: Tensor  # the buffer of bit values, under its published name
@@ -57,9 +57,9 @@ class Prior(nn.Module):
         """Logits of every sub-token.
 
         Args:
-            tokens: int64 [B, N, m] sub-tokens; each split of a position may be `mask_id` by itself.
-            labels: int64 [B] classes; never modified.
-            drop: bool [B], True replaces the class by the dropped class.
+            tokens: int64 [B, N, m] sub-tokens, each of which may be `mask_id`.
+            labels: int64 [B] classes; not modified.
+            drop: bool [B], True where the dropped class replaces the class.
 
         Returns:
             [B, N, m, 2^(bits/m)].
@@ -73,7 +73,7 @@ class Prior(nn.Module):
         return rearrange(x, "b n (m k) -> b n m k", m=self.config.splits)
 
     def input_bits(self, tokens: Tensor) -> Tensor:
-        """±1 bits [B, N, bits] of sub-tokens [B, N, m], split 0 first and low bits first, 0 where masked."""
+        """±1 bits [B, N, bits] of sub-tokens [B, N, m], with split 0 and low bits first; 0 where masked."""
         signs = code_bits(tokens.masked_fill(tokens == self.mask_id, -1), len(self.bits_to_indices))
         return rearrange(signs, "b n m c -> b n (m c)").to(self.pos_emb.dtype)
 
@@ -123,7 +123,7 @@ class FeedForwardLayer(ResidualLayer):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with nn.MultiheadAttention's parameters, always through the fused kernels."""
+    """Multi-head self-attention with the parameters of nn.MultiheadAttention, but always with fused kernels."""
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()

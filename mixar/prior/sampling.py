@@ -1,4 +1,4 @@
-"""Drawing discrete tokens from the prior: MaskBit's iterative decoding, and TI-Mix's single fill."""
+"""The sampling of discrete tokens from the prior: MaskBit's iterative decoding, and TI-Mix's single pass."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -18,24 +18,24 @@ Draws = Callable[[int], Tensor]  # step -> [B, N, m]
 
 @dataclass
 class DecodingStep:
-    """The record of one decoding step; all [B, N, m], the probabilities [B, N, m, K]."""
+    """The record of a decoding step; all are [B, N, m], but the probabilities [B, N, m, K]."""
 
     masked_before: Tensor  # the network's input
-    probs: Tensor  # after guidance and temperature
-    draws: Tensor  # one for every sub-token, also where it is then ignored
-    pred: Tensor  # the complete grid: fixed sub-tokens and this step's draws
+    probs: Tensor  # with cfg_scale and temperature applied
+    draws: Tensor  # one per sub-token, also for those that are fixed already
+    pred: Tensor  # the complete grid: fixed sub-tokens, and this step's draws
     confidence: Tensor  # log probability of `pred` plus annealed Gumbel noise, inf where fixed before
 
 
 def mask_counts(total: int, steps: int, schedule: str) -> list[int]:
     """The number of the `total` sub-tokens that are masked after each step.
 
-    The `arccos` or `cosine` schedule of the progress, times `total`, rounded down; at least 1, and at least one less
-    than before. Where only one was left, MaskBit's clamp wraps around and masks everything again. That is kept, to
-    equal MaskBit at any setting, but it wastes what was drawn: it happens before the last step exactly when `steps`
-    exceeds `total`, so sample with fewer.
+    It is the `arccos` or `cosine` schedule of the progress, times `total`, rounded down; at least 1, and at least one
+    less than before. Where only one was left, MaskBit's clamp wraps around and masks everything again. That is kept, to
+    equal MaskBit with any settings, but it discards the sub-tokens drawn so far. It happens before the last step
+    exactly if `steps` exceeds `total`, so use fewer steps.
     """
-    # float32 throughout, since rounding down at an exact integer depends on it
+    # float32 throughout, since the rounding down near an integer depends on it
     progress = torch.tensor([(step + 1) / steps for step in range(steps)], dtype=torch.float32)
     rate = progress.acos() / (math.pi / 2) if schedule == "arccos" else (progress * math.pi / 2).cos()
     counts, count = [], total
@@ -46,8 +46,10 @@ def mask_counts(total: int, steps: int, schedule: str) -> list[int]:
 
 
 def guidance_weights(scale: float, steps: int, schedule: str, power: float) -> list[float]:
-    """w of each step, in logits = cond + w (cond - uncond): `scale` times `none` 1, `linear` q = step / steps, or
-    `cosine` (1 - cos(π q^power)) / 2."""
+    """w of each step in logits = cond + w (cond - uncond): `scale` times a factor of q = step / steps.
+
+    By `schedule` the factor is 1 (`none`), q (`linear`) or (1 - cos(π q^power)) / 2 (`cosine`).
+    """
     anneal: dict[str, Callable[[float], float]] = {
         "none": lambda q: 1.0,
         "linear": lambda q: q,
@@ -57,7 +59,7 @@ def guidance_weights(scale: float, steps: int, schedule: str, power: float) -> l
 
 
 def keyed_draws(seeds: Tensor, n: int, m: int) -> tuple[Draws, Draws]:
-    """(u, gumbel) for `sample_codes`, a pure function of each image's own seed, int64 [B], and the step."""
+    """(u, gumbel) for `sample_codes`, a pure function of the step and the seed per image, int64 [B]."""
     return (
         lambda step: rng.uniform(0, Stream.PRIOR_TOKEN, seeds, n, m, start=step * n * m),
         lambda step: rng.gumbel(0, Stream.PRIOR_GUMBEL, seeds, n, m, start=step * n * m),
@@ -70,9 +72,9 @@ def sample_codes(prior: Prior, labels: Tensor, settings: SampleConfig, u: Draws,
     Args:
         prior: in eval mode.
         labels: int64 [B] classes.
-        settings: the `prior_*` fields apply.
-        u: step -> [B, N, m] uniform on [0, 1), for the draws.
-        gumbel: step -> [B, N, m] standard Gumbel, for the order in which sub-tokens become fixed.
+        settings: its `prior_*` fields are used.
+        u: step -> [B, N, m] uniform on [0, 1), to draw sub-tokens.
+        gumbel: step -> [B, N, m] standard Gumbel, for the order in which sub-tokens are fixed.
     """
     for step in decoding_steps(prior, labels, settings, u, gumbel):
         pred = step.pred
@@ -115,14 +117,14 @@ def _guided_logits(prior: Prior, tokens: Tensor, labels: Tensor, weight: float) 
 
 @torch.no_grad()
 def fill(prior: Prior, codes: Tensor, masked: Tensor, labels: Tensor, u: Tensor | None) -> Tensor:
-    """TI-Mix's x̂_d (Eqs. 10-11): the masked codes as the prior draws them from the visible ones in one pass.
+    """TI-Mix's x̂_d (Eqs. 10-11): the masked codes, drawn by the prior from the visible ones in one pass.
 
     Args:
         prior: in eval mode.
-        codes: int64 [B, N] ids, read at the visible positions only.
-        masked: bool [B, N]; both splits of such a position are masked.
+        codes: int64 [B, N] ids, of which only those at visible positions are read.
+        masked: bool [B, N]; all sub-tokens of a masked position are masked.
         labels: int64 [B] classes.
-        u: [B, N, m] uniform on [0, 1), to draw from the softmax at temperature 1; None takes the most likely.
+        u: [B, N, m] uniform on [0, 1), to draw from the softmax at temperature 1; None takes the most likely code.
 
     Returns:
         int64 [B, N]: the draws where masked, `codes` elsewhere.

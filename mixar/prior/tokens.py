@@ -1,4 +1,4 @@
-"""Code ids and their sub-tokens: a position's n bits in m equal splits, split 0 holding the low bits."""
+"""Code ids and their sub-tokens: the n bits per position in m equal splits, of which split 0 holds the low bits."""
 
 import torch
 from torch import Tensor

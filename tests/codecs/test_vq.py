@@ -72,5 +72,5 @@ def test_training_leaves_its_codes_alone_and_resumes(make_config, made) -> None:
 def test_dc_mix_needs_its_weights(make_config, made, tmp_path) -> None:
     with pytest.raises(UserError, match=r"write tokenizer\.weights="):
         train(make_config("mixar", f"run_dir={tmp_path}", "tokenizer.weights=null"))
-    with pytest.raises(UserError, match="has vq as its kind, the config maskbit"):
+    with pytest.raises(UserError, match="has vq as its kind, but the config has maskbit"):
         train(make_config("mixar", f"run_dir={tmp_path / 'b'}", "tokenizer.kind=maskbit", "tokenizer.code_dim=null"))

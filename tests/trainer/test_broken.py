@@ -52,7 +52,7 @@ def test_launchers_of_two_ranks(home, whole, tmp_path, launcher) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     told = (tmp_path / "run" / "log.txt").read_text()
     assert f"engine {'zero3, for the deepspeed' if launcher == 'deepspeed' else 'fsdp, for all ranks'}" in told
-    assert "2 ranks on 1 nodes" in told and "float32, also on their way" in told
+    assert "2 ranks on 1 nodes" in told and "float32, also when sent between ranks" in told
     for mine, theirs in zip(records(tmp_path / "run"), records(whole), strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
     assert json.loads((tmp_path / "run" / "deepspeed.json").read_text()) if launcher == "deepspeed" else True
@@ -150,9 +150,9 @@ def test_a_remote_that_fails_for_a_while(home, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ({"gradient_clipping": 1.0}, r"gradient_clipping=1\.0, the config's optim\.clip makes it 3\.0"),
+        ({"gradient_clipping": 1.0}, r"gradient_clipping=1\.0, but it is 3\.0 by the config's optim\.clip"),
         ({"bf16": {"enabled": True}}, r"'bf16', which train\.precision decides"),
-        ({"zero_optimization": {"stage": 3}}, r"zero_optimization\.stage=3, the config's engine\.name makes it 1"),
+        ({"zero_optimization": {"stage": 3}}, r"zero_optimization\.stage=3, but it is 1 by the config's engine\.name"),
     ],
 )
 def test_settings_of_deepspeed_that_contradict(home, tmp_path, content, told) -> None:

@@ -85,7 +85,7 @@ def test_a_preview_that_fails_costs_no_step(home, tmp_path) -> None:
                          error="RuntimeError('no picture')")  # fmt: skip
     assert run_with(fault, home, run, log, 2, "train.samples_every=1") == [0, 0]
     told = (run / "log.txt").read_text()
-    assert "the preview after step 4 failed, the run goes on" in told and "no picture" in told
+    assert "the preview after step 4 failed, the run continues" in told and "no picture" in told
     assert records(run)[-1]["step"] == 10 and (run / "exports").exists()
 
 

@@ -147,7 +147,7 @@ def test_a_disk_that_is_full_at_the_start_loses_nothing(home, done, small_disk) 
     files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "log.txt"}
     with pytest.raises(OSError, match="No space"), (small_disk / "filler").open("wb") as filler:
         filler.write(bytes(8 << 20))
-    with pytest.raises(UserError, match=r"No space left on device.*make room"):
+    with pytest.raises(UserError, match=r"No space left on device.*free space"):
         train(config(home, run, "train.epochs=4"))
     assert all(path.read_bytes() == content for path, content in files.items())
     (small_disk / "filler").unlink()
@@ -202,7 +202,7 @@ def test_codecs_that_did_not_make_the_shards_are_refused(home, tmp_path) -> None
 
 def test_a_prior_of_other_tokens_is_refused(home, tmp_path) -> None:
     prior = other(home, tmp_path, "prior", bits=4)
-    with pytest.raises(UserError, match="has 4 bits per token, the config 6"):
+    with pytest.raises(UserError, match="has 4 bits per token, but the config has 6"):
         train(config(home, tmp_path / "run", f"prior.weights={prior}"))
     section = load_config(home / "config.yaml").prior
     write_export(tmp_path / "stranger", "prior", to_dict(section), Prior(section).state_dict(), tokenizer="0" * 16)
