@@ -48,7 +48,7 @@ mixar::Type type_of(ScalarType type) {
   return type == ScalarType::Float ? mixar::Type::float32 : mixar::Type::float64;
 }
 
-// The tensors of a batch's Places, made contiguous and kept alive.
+// The tensors of a batch's Sources, made contiguous and kept alive.
 struct Held {
   Tensor slots;
   Maybe codes, drawn, rho, share;
@@ -60,9 +60,9 @@ struct Held {
   static Maybe contiguous(const Maybe& x) { return x ? Maybe(contiguous(*x)) : x; }
 
   // Raises if a slot is not below `tokens`, or an id not below a table's `entries`; the CUDA kernel asserts that.
-  mixar::Places places(int64_t tokens, int64_t entries) const {
+  mixar::Sources sources(int64_t tokens, int64_t entries) const {
     const int64_t length = slots.size(1);
-    const mixar::Places places{
+    const mixar::Sources sources{
         slots.size(0), length, codes ? length - codes->size(1) : 0, data<int64_t>(slots), data<int64_t>(codes),
         data<int64_t>(drawn), data<float>(rho), data<float>(share)};
 #ifndef MIXAR_CUDA
@@ -70,7 +70,7 @@ struct Held {
     STD_TORCH_CHECK(slot < tokens, "mixar: slot ", slot, " of ", tokens, " encoded tokens");
     STD_TORCH_CHECK(id < entries, "mixar: id ", id, " in a table of ", entries);
 #endif
-    return places;
+    return sources;
   }
 
   static int64_t largest(const Maybe& x) {
@@ -92,7 +92,7 @@ Tensor mix_gather(
   const int64_t width = positions.size(1), tokens = encoded.size(0), entries = bias ? INT64_MAX : weight.size(0);
   Tensor out = torch::stable::new_empty(positions, {slots.size(0), slots.size(1), width});
   const mixar::MixGather m{
-      held.places(tokens, entries), width, tokens, bias ? weight.size(1) : -1, entries, encoded.data_ptr(),
+      held.sources(tokens, entries), width, tokens, bias ? weight.size(1) : -1, entries, encoded.data_ptr(),
       weight.data_ptr(), Held::data<void>(bias), positions.data_ptr(), out.data_ptr()};
   const mixar::Type gathered = type_of(encoded.scalar_type()), rest = type_of(positions.scalar_type());
 #ifdef MIXAR_CUDA
@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> mix_gather_backward(
   Tensor d_positions = torch::stable::new_empty(grad, {slots.size(1), width}, sums);
   Tensor d_map = torch::stable::new_empty(grad, {groups, bits + 1, width}, sums);
   const mixar::MixGatherBackward m{
-      held.places(tokens, INT64_MAX), width, tokens, bits, groups, grad.data_ptr(), d_encoded.data_ptr(),
+      held.sources(tokens, INT64_MAX), width, tokens, bits, groups, grad.data_ptr(), d_encoded.data_ptr(),
       d_positions.data_ptr(), d_map.data_ptr()};
 #ifdef MIXAR_CUDA
   run(grad, [&](void* stream) { return mixar_mix_gather_backward_cuda(&m, gathered, rest, stream); });

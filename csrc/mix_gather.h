@@ -11,7 +11,7 @@ namespace mixar {
 constexpr int kMaxBits = 24;
 
 // The source of the token at each position of a batch.
-struct Places {
+struct Sources {
   int64_t images, length, prefix;  // B, P, and P - N, the number of positions without codes, which come first
   const int64_t* slots;            // [B, P] rows of the packed encoder output, negative where masked
   const int64_t* codes;            // [B, N] x_d, negative where dropped; null: there are no codes
@@ -21,7 +21,7 @@ struct Places {
 };
 
 struct MixGather {
-  Places places;
+  Sources sources;
   int64_t width, tokens, bits, entries;  // D, T, n, K; `weight` is a table if bits < 0
   const void* encoded;                   // [T, D]
   const void* weight;                    // [D, n], or the table [K, D]
@@ -31,7 +31,7 @@ struct MixGather {
 };
 
 struct MixGatherBackward {
-  Places places;
+  Sources sources;
   int64_t width, tokens, bits, groups;
   const void* grad;   // [B, P, D]
   void* d_encoded;    // [T, D]
@@ -44,12 +44,12 @@ struct Source {
 };
 
 // The source at index `at` of the flattened [B, P]: the slot of a visible token, else the mixed id (Eq. 12).
-MIXAR_FN Source source_at(const Places& places, int64_t at) {
-  const int64_t slot = places.slots[at], position = at % places.length - places.prefix;
-  if (slot >= 0 || position < 0 || places.codes == nullptr) return {slot, -1};
-  const int64_t code = at / places.length * (places.length - places.prefix) + position;
-  const bool generated = places.drawn != nullptr && places.rho[code] >= *places.share;
-  return {slot, generated ? places.drawn[code] : places.codes[code]};
+MIXAR_FN Source source_at(const Sources& sources, int64_t at) {
+  const int64_t slot = sources.slots[at], position = at % sources.length - sources.prefix;
+  if (slot >= 0 || position < 0 || sources.codes == nullptr) return {slot, -1};
+  const int64_t code = at / sources.length * (sources.length - sources.prefix) + position;
+  const bool generated = sources.drawn != nullptr && sources.rho[code] >= *sources.share;
+  return {slot, generated ? sources.drawn[code] : sources.codes[code]};
 }
 
 // The k-th bit of a token as -1 or +1; 0 for a dropped one.

@@ -58,10 +58,10 @@ template <typename E, typename P> void forward(const MixGather& m, const Paralle
   const P* table = static_cast<const P*>(m.weight);
   const P* positions = static_cast<const P*>(m.positions);
   const Filling<P> filling(m);
-  parallel(m.places.images * m.places.length, [&](int64_t begin, int64_t end) {
+  parallel(m.sources.images * m.sources.length, [&](int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; ++at) {
-      const Source source = source_at(m.places, at);
-      const P* position = positions + at % m.places.length * m.width;
+      const Source source = source_at(m.sources, at);
+      const P* position = positions + at % m.sources.length * m.width;
       P* out = static_cast<P*>(m.out) + at * m.width;
       if (source.slot >= 0) {
         add_row(encoded + source.slot * m.width, position, out, m.width);
@@ -139,13 +139,13 @@ template <typename E, typename P> void backward(const MixGatherBackward& m, cons
     for (int64_t group = begin; group < end; ++group) {
       // without bits nothing is added to it
       MapGradient<P> map(static_cast<A*>(m.d_map) + group * (m.bits + 1) * m.width, m.bits, m.width);
-      for (int64_t i = group; i < m.places.length; i += m.groups) {
+      for (int64_t i = group; i < m.sources.length; i += m.groups) {
         A* d_position = static_cast<A*>(m.d_positions) + i * m.width;
         std::fill_n(d_position, m.width, A(0));
-        for (int64_t image = 0; image < m.places.images; ++image) {
-          const int64_t at = image * m.places.length + i;
+        for (int64_t image = 0; image < m.sources.images; ++image) {
+          const int64_t at = image * m.sources.length + i;
           const P* grad = grads + at * m.width;
-          const Source source = source_at(m.places, at);
+          const Source source = source_at(m.sources, at);
           for (int64_t d = 0; d < m.width; ++d) d_position[d] += load(grad[d]);
           if (source.slot >= 0) {
             E* d_encoded = static_cast<E*>(m.d_encoded) + source.slot * m.width;

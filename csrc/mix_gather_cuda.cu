@@ -29,9 +29,9 @@ template <typename E, typename P> __global__ void __launch_bounds__(kColumns) fo
   for (int k = 0; k < kMaxBits; ++k) map[k] = inside && k < m.bits ? load(weight[d * m.bits + k]) : 0;
   if (inside && m.bits >= 0) bias = load(static_cast<const P*>(m.bias)[d]);
 
-  const int64_t rows = m.places.images * m.places.length;
+  const int64_t rows = m.sources.images * m.sources.length;
   for (int64_t first = int64_t(blockIdx.y) * kWarp; first < rows; first += int64_t(gridDim.y) * kWarp) {
-    const Source mine = first + lane < rows ? source_at(m.places, first + lane) : Source{-1, -1};
+    const Source mine = first + lane < rows ? source_at(m.sources, first + lane) : Source{-1, -1};
     for (int j = 0; j < kWarp && first + j < rows; ++j) {
       const Source source = from_lane(mine, j);
       if (!inside) continue;
@@ -48,7 +48,7 @@ template <typename E, typename P> __global__ void __launch_bounds__(kColumns) fo
         assert(source.id < m.entries);
         sum = load(weight[source.id * m.width + d]);
       }
-      store(out[(first + j) * m.width + d], sum + load(positions[(first + j) % m.places.length * m.width + d]));
+      store(out[(first + j) * m.width + d], sum + load(positions[(first + j) % m.sources.length * m.width + d]));
     }
   }
 }
@@ -70,7 +70,7 @@ template <typename E, typename P> __global__ void __launch_bounds__(kWarp* kWarp
   const P* grads = static_cast<const P*>(m.grad);
   E* d_encoded = static_cast<E*>(m.d_encoded);
   const int lane = threadIdx.x, warp = threadIdx.y;
-  const int64_t d = int64_t(blockIdx.x) * kWarp + lane, length = m.places.length, images = m.places.images;
+  const int64_t d = int64_t(blockIdx.x) * kWarp + lane, length = m.sources.length, images = m.sources.images;
   const bool inside = d < m.width;
 
   A d_map[kMaxBits] = {}, d_bias = 0;
@@ -78,7 +78,7 @@ template <typename E, typename P> __global__ void __launch_bounds__(kWarp* kWarp
     A d_position = 0;
     for (int64_t first = warp; first < images; first += kWarps * kWarp) {
       const int64_t image = first + kWarps * lane;
-      const Source mine = image < images ? source_at(m.places, image * length + i) : Source{-1, -1};
+      const Source mine = image < images ? source_at(m.sources, image * length + i) : Source{-1, -1};
       for (int j = 0; j < kWarp && first + kWarps * j < images; ++j) {
         const Source source = from_lane(mine, j);
         if (!inside) continue;
@@ -119,7 +119,7 @@ template <typename E, typename P> __global__ void __launch_bounds__(kWarp* kWarp
 using namespace mixar;
 
 int mixar_mix_gather_cuda(const MixGather* m, Type gathered, Type rest, void* stream) {
-  const dim3 grid(unsigned((m->width + kColumns - 1) / kColumns), blocks(m->places.images * m->places.length, kWarp));
+  const dim3 grid(unsigned((m->width + kColumns - 1) / kColumns), blocks(m->sources.images * m->sources.length, kWarp));
   const bool known = dispatch(gathered, rest, [&](auto e, auto p) {
     auto kernel = forward<decltype(e), decltype(p)>;
     MIXAR_LAUNCH(kernel, grid, dim3(kColumns), static_cast<cudaStream_t>(stream), *m);

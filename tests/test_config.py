@@ -130,6 +130,7 @@ def test_what_follows_a_value_follows_that_of_the_last_file(file: Path) -> None:
         ({"a.yaml": "base: b.yaml", "b.yaml": "- seed"}, r"/b.yaml must hold `key: value` lines"),
         ({"a.yaml": "base: more", "more/c.yaml": ""}, r"names \S+/more, which does not exist"),
         ({"a.yaml": "base: 3"}, r"/a.yaml has base: 3, which is not a path"),
+        ({"a.yaml": 'base: "b\\0.yaml"'}, "which is not a path"),
         ({"a.yaml": "base:"}, r"/a.yaml has base: None, which is not a path"),
         ({"a.yaml": f"base: {'b' * 300}.yaml"}, r"cannot be read \(File name too long\)"),
     ],
@@ -303,7 +304,8 @@ def test_an_extreme_value_is_refused_by_its_name_or_can_be_planned_with(file: Pa
         (["ti_mix.enabled=true", "model.guidance=none"], "write model.guidance=dc_mix, or ti_mix.enabled=false"),
         (["train.batch=100", "train.micro_batch=64"], "write train.batch=128"),
         (["mask.group=12"], "write mask.group=4"),
-        (["model.latent_channels=4"], "write vae.latent_channels=4 and leave model.latent_channels out"),
+        (["model.code_dim=16"], "model.code_dim=16 and tokenizer.code_dim=null must be equal"),
+        (["model.latent_channels=4"], "write model.latent_channels=32, or vae.latent_channels=4"),
     ],
 )
 def test_a_mistake_is_told_with_what_to_write(overrides: list[str], told: str) -> None:

@@ -118,11 +118,9 @@ def _check_values(config: Config) -> None:
     if len(config.optim.betas) != 2:
         raise UserError(f"optim.betas={config.optim.betas} must be two values, as in optim.betas=[0.9,0.95]")
     for key, source in _FOLLOWS.items():
-        if get(config, key) != get(config, source):
-            raise UserError(
-                f"{key}={get(config, key)} contradicts {source}={get(config, source)}: "
-                f"write {source}={get(config, key)} and leave {key} out"
-            )
+        own, other = ("null" if value is None else value for value in (get(config, key), get(config, source)))
+        if own != other:
+            raise UserError(f"{key}={own} and {source}={other} must be equal: write {key}={other}, or {source}={own}")
 
 
 def _check_networks(config: Config) -> None:

@@ -117,7 +117,7 @@ def _read_files(path: str | Path) -> dict[Path, dict[str, Any]]:
 
 def _find_base(base: Any, file: Path, found: list[Path]) -> Path:
     """The file named by the line `base: {base}` of `file`, after `found` have been read."""
-    if not isinstance(base, str) or not base:
+    if not isinstance(base, str) or not base or not base.isprintable():
         raise UserError(f"{file} has base: {base}, which is not a path: write the path of a yaml file, or no base")
     beside = Path(os.path.normpath(file.parent / base))
     there = find_config(base) if base in config_names() and not beside.exists() else beside

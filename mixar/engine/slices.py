@@ -55,8 +55,8 @@ class Slice:
         """The slice as rectangles of the tensor by offset: of a matrix part of a row, full rows, part of a row."""
         found = {}
         for begin, offsets, sizes in _rectangles(self.start, self.start + len(self.flat), tuple(self.shape)):
-            place = begin - self.start
-            found[torch.Size(offsets)] = self.flat[place : place + math.prod(sizes)].view(sizes)
+            first = begin - self.start
+            found[torch.Size(offsets)] = self.flat[first : first + math.prod(sizes)].view(sizes)
         return found
 
 

@@ -115,9 +115,9 @@ class ZeroEngine(Engine):
         self.buffers = dict(network.named_buffers())
         self.named = named
         self.optimizer = optimizer
-        places = self._rows_places() if stage == 3 else self._flat_places()
+        spans = self._row_spans() if stage == 3 else self._flat_spans()
         self.slices, self.moments = {}, {moment: {} for moment in MOMENTS}
-        for name, (flat, offset, start, length) in places.items():
+        for name, (flat, offset, start, length) in spans.items():
             if flat not in optimizer.state:
                 zeros = {moment: torch.zeros_like(flat) for moment in MOMENTS}
                 optimizer.state[flat] = {"step": torch.zeros((), device=place.device), **zeros}
@@ -126,35 +126,35 @@ class ZeroEngine(Engine):
                 self.moments[moment][name] = optimizer.state[flat][moment][offset : offset + length]
         self._begin(task)
 
-    def _rows_places(self) -> dict[str, tuple[Tensor, int, int, int]]:
+    def _row_spans(self) -> dict[str, tuple[Tensor, int, int, int]]:
         """The rank's share of each parameter in stage 3, which partitions every parameter separately.
 
         By name: the flat partition that holds it, the offset there, the first element of the parameter, the number.
         """
-        places = {}
+        spans = {}
         rank = self.place.rank
         for name, p in self.named.items():
             group, offset, _ = self.zero.grad_position[self.zero.get_param_id(p)]
             start = rank * p.partition_numel()
             length = min(p.partition_numel(), p.ds_numel - start)  # the last partitions are padded
             if length > 0:
-                places[name] = (self.zero.fp32_partitioned_groups_flat[group], offset, start, length)
-        return places
+                spans[name] = (self.zero.fp32_partitioned_groups_flat[group], offset, start, length)
+        return spans
 
-    def _flat_places(self) -> dict[str, tuple[Tensor, int, int, int]]:
+    def _flat_spans(self) -> dict[str, tuple[Tensor, int, int, int]]:
         """The rank's share of each parameter in stages 1 and 2, which partition all parameters of a group in one row.
 
-        By name, as in `_rows_places`.
+        By name, as in `_row_spans`.
         """
-        places, names = {}, {id(p): name for name, p in self.named.items()}
+        spans, names = {}, {id(p): name for name, p in self.named.items()}
         for group, flat in zip(self.zero.round_robin_bit16_groups, self.zero.single_partition_of_fp32_groups):
             first, begin = self.place.rank * len(flat), 0
             for p in group:
                 start, end = max(begin, first), min(begin + p.numel(), first + len(flat))
                 if start < end:
-                    places[names[id(p)]] = (flat, start - first, start - begin, end - start)
+                    spans[names[id(p)]] = (flat, start - first, start - begin, end - start)
                 begin += p.numel()
-        return places
+        return spans
 
     def _backward(self, loss: Tensor, count: int) -> None:
         self.deepspeed.backward(loss)

@@ -43,8 +43,8 @@ def masked_counts(cfg: MaskConfig, tokens: int, seed: int, indices: Sequence[int
         levels = torch.stack([ratio[i // batch] for i in indices])
     else:
         groups = torch.tensor([i // cfg.group for i in indices[:: cfg.group]])
-        places = rng.permutation(seed, Stream.MASK_RATIO, groups, cfg.group).flatten()
-        levels = (places.double() + 0.5) / cfg.group
+        strata = rng.permutation(seed, Stream.MASK_RATIO, groups, cfg.group).flatten()
+        levels = (strata.double() + 0.5) / cfg.group
     return torch.ceil(tokens * ratio_quantile(levels, cfg.minimum, cfg.std)).long().tolist()
 
 

@@ -40,12 +40,12 @@ class Embedded(NamedTuple):
     Attributes:
         rows: [R, w], the sum of time and condition; with a separable modulation [R', w], the condition of each token.
         times: [K, w], the K embedded timesteps, with a separable modulation only.
-        places: int64 [R], each row's index into `times`.
+        row_times: int64 [R], each row's index into `times`.
     """
 
     rows: Tensor
     times: Tensor | None = None
-    places: Tensor | None = None
+    row_times: Tensor | None = None
 
 
 class Modulation(nn.ModuleDict):
@@ -64,8 +64,8 @@ class Modulation(nn.ModuleDict):
     def forward(self, y: Embedded) -> tuple[Tensor, ...]:
         values = self["1"](y.rows)
         if y.times is not None:
-            assert y.places is not None
-            by_time = gather(self["time"](y.times), y.places)
+            assert y.row_times is not None
+            by_time = gather(self["time"](y.times), y.row_times)
             values = (by_time.unflatten(0, (-1, len(values))) + values).flatten(0, 1)
         return values.chunk(self.parts, -1)
 
@@ -124,15 +124,15 @@ class Head(nn.Module):
         self.res_blocks = nn.ModuleList(ResBlock(width, separable) for _ in range(depth))
         self.final_layer = FinalLayer(width, (1 + learn_variance) * token_dim, separable)
 
-    def embed(self, times: Tensor, conditions: Tensor, places: Tensor) -> Embedded:
+    def embed(self, times: Tensor, conditions: Tensor, index: Tensor) -> Embedded:
         """The modulation's input for R rows, from embedded times [K, w] and conditions [R / mul, w].
 
         Args:
-            places: int64 [R], each row's index into the times.
+            index: int64 [R], each row's index into the times.
         """
         if self.separable:
-            return Embedded(F.silu(conditions), F.silu(times), places)
-        by_time = gather(times, places)
+            return Embedded(F.silu(conditions), F.silu(times), index)
+        by_time = gather(times, index)
         return Embedded(F.silu((by_time.unflatten(0, (-1, len(conditions))) + conditions).flatten(0, 1)))
 
     def denoise(self, x: Tensor, y: Embedded) -> tuple[Tensor, Tensor | None]:
@@ -152,12 +152,12 @@ class Head(nn.Module):
             z: [R / mul, D], their conditions.
         """
         if len(t) > STEPS and not t.is_floating_point():  # embeds each timestep once, not per row
-            times, places = torch.arange(STEPS, device=t.device), t
+            times, index = torch.arange(STEPS, device=t.device), t
         else:
-            times, places = t, torch.arange(len(t), device=t.device)
-        return self.denoise(x, self.embed(self.time_embed(times), self.cond_embed(z), places))
+            times, index = t, torch.arange(len(t), device=t.device)
+        return self.denoise(x, self.embed(self.time_embed(times), self.cond_embed(z), index))
 
 
-def gather(table: Tensor, places: Tensor) -> Tensor:
+def gather(table: Tensor, index: Tensor) -> Tensor:
     """Rows of a table, in float32, since the gradients of many rows are summed in one row of the table."""
-    return F.embedding(places, table.float()).to(table.dtype)
+    return F.embedding(index, table.float()).to(table.dtype)

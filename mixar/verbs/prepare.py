@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from mixar import dist
-from mixar.codecs import load_tokenizer, load_vae
 from mixar.config import Config, load_config
 from mixar.data.images import training_images
 from mixar.data.manifest import read_manifest
@@ -45,7 +44,8 @@ def show(cfg: Config, out: Path) -> None:
 def make(cfg: Config, pre_draw: bool, rank: int, world: int) -> None:
     """Make the shards of `cfg`, and pre-drawn tokens beside them; everything that they need is opened first."""
     images, device = training_images(cfg.data), dist.find().device
-    vae, tokenizer = load_vae(cfg.vae, cfg.trust_pickle), load_tokenizer(cfg.tokenizer, cfg.trust_pickle)
+    frozen = Frozen(cfg, {})
+    vae, tokenizer = frozen.vae, frozen.tokenizer
     if pre_draw:
         planned = planned_manifest(cfg, images, vae, tokenizer)
         prior = Frozen(cfg, {"tokenizer": planned.tokenizer}).prior

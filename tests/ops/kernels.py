@@ -94,18 +94,18 @@ def assert_close(found: Tensor, truth: Tensor, terms: float = 1.0) -> None:
     torch.testing.assert_close(found.double(), truth, rtol=rounding, atol=8 * held * max(terms, 1.0))
 
 
-class _Places(ctypes.Structure):
+class _Sources(ctypes.Structure):
     _fields_ = [*((name, ctypes.c_int64) for name in ("images", "length", "prefix")),
                 *((name, ctypes.c_void_p) for name in ("slots", "codes", "drawn", "rho", "share"))]  # fmt: skip
 
 
 class _Forward(ctypes.Structure):
-    _fields_ = [("places", _Places), *((name, ctypes.c_int64) for name in ("width", "tokens", "bits", "entries")),
+    _fields_ = [("sources", _Sources), *((name, ctypes.c_int64) for name in ("width", "tokens", "bits", "entries")),
                 *((name, ctypes.c_void_p) for name in ("encoded", "weight", "bias", "positions", "out"))]  # fmt: skip
 
 
 class _Backward(ctypes.Structure):
-    _fields_ = [("places", _Places), *((name, ctypes.c_int64) for name in ("width", "tokens", "bits", "groups")),
+    _fields_ = [("sources", _Sources), *((name, ctypes.c_int64) for name in ("width", "tokens", "bits", "groups")),
                 *((name, ctypes.c_void_p) for name in ("grad", "d_encoded", "d_positions", "d_map"))]  # fmt: skip
 
 
@@ -126,7 +126,7 @@ class Emulated:
 
     def forward(self, x: Inputs) -> Tensor:
         out = _Guarded(*x.slots.shape, x.positions.shape[1], dtype=x.positions.dtype)
-        given = _Forward(self._places(x), x.positions.shape[1], len(x.encoded), x.bits, len(x.weight),
+        given = _Forward(self._sources(x), x.positions.shape[1], len(x.encoded), x.bits, len(x.weight),
                          *map(_pointer, (x.encoded, x.weight, x.bias, x.positions, out.whole)))  # fmt: skip
         self._call("mix_gather", given, x.encoded.dtype, x.positions.dtype)
         return out.checked()
@@ -138,7 +138,7 @@ class Emulated:
         groups = min(groups, length)
         outs = [_Guarded(*x.encoded.shape, dtype=x.encoded.dtype), _Guarded(length, width, dtype=sums),
                 _Guarded(groups, x.bits + 1, width, dtype=sums)]  # fmt: skip
-        given = _Backward(self._places(x), width, len(x.encoded), x.bits, groups,
+        given = _Backward(self._sources(x), width, len(x.encoded), x.bits, groups,
                           *map(_pointer, (grad, *(out.whole for out in outs))))  # fmt: skip
         self._call("mix_gather_backward", given, x.encoded.dtype, grad.dtype)
         d_encoded, d_positions, d_map = (out.checked() for out in outs)
@@ -150,10 +150,10 @@ class Emulated:
         self._call("timestep_embed", given, dtype)
         return out.checked()
 
-    def _places(self, x: Inputs) -> _Places:
+    def _sources(self, x: Inputs) -> _Sources:
         images, length = x.slots.shape
         prefix = 0 if x.codes is None else length - x.codes.shape[1]
-        return _Places(images, length, prefix, *map(_pointer, (x.slots, x.codes, x.drawn, x.rho, x.share)))
+        return _Sources(images, length, prefix, *map(_pointer, (x.slots, x.codes, x.drawn, x.rho, x.share)))
 
     def _call(self, name: str, given: ctypes.Structure, *dtypes: torch.dtype) -> None:
         codes = [(F32, BF16, F64).index(dtype) for dtype in dtypes]

@@ -82,7 +82,7 @@ MUTATIONS = [
     (CUDA, "i += gridDim.y", "i += length"),
     (CUDA, "first += int64_t(gridDim.y) * kWarp", "first += rows"),
     (CUDA, "first += kWarps * kWarp", "first += images"),
-    ("mix_gather.h", ">= *places.share", "> *places.share"),
+    ("mix_gather.h", ">= *sources.share", "> *sources.share"),
     ("mix_gather.h", "id < 0 ? A(0) :", ""),
     ("types.h", "0x7fff + ((bits >> 16) & 1)", "0x8000"),
 ]

@@ -66,8 +66,17 @@ def test_what_is_wrong_is_told_before_codecs_are_read(refused, home, tmp_path) -
     given = ("prepare", config, "--pre-draw", f"data.shards={tmp_path}/x")
     assert "/none" in refused(*given, "prior.weights=/none")
     assert "write ti_mix.variants=4" in refused(*given, "ti_mix.variants=3")
-    assert "has 2 classes, the config 3" in refused(*given, "data.classes=3")
+    assert "has 2 classes, but the config has 3" in refused(*given, "data.classes=3")
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_codecs_of_another_geometry_are_refused_before_anything_is_encoded(refused, home, tmp_path) -> None:
+    folder = tmp_path / "shards"
+    for change, says in (("tokenizer.bits=4", "has 6 bits per token, but the config has 4"),
+                         ("tokenizer.kind=vq tokenizer.code_dim=3", "has maskbit as its kind, but the config has vq"),
+                         ("vae.latent_channels=4", "has 3 latent channels, but the config has 4")):  # fmt: skip
+        assert says in refused("prepare", home / "config.yaml", f"data.shards={folder}", *change.split())
+    assert not folder.exists()
 
 
 def test_shards_are_verified_by_the_codecs_that_made_them(refused, mixar, home, tmp_path) -> None:
@@ -105,6 +114,7 @@ def test_ranks_that_draw_beforehand_all_draw(home, tmp_path) -> None:
         assert process.returncode == 0 and b"64 images of 2 classes" in out
     assert len(LocalDataset(str(tmp_path / "shards/ti_mix"))) == 64
     assert json.loads((tmp_path / "shards/ti_mix/pre_drawn.json").read_text())["variants"] == 2
+
 
 BATCH = {"PROCID": "0", "NTASKS": "8"}  # what a batch script has
 

@@ -36,15 +36,15 @@ bool run(int64_t images, int64_t n, int64_t prefix, int64_t width, int64_t bits,
     codes[at] = int64_t(random_bits() % (entries + 1)) - 1, drawn[at] = int64_t(random_bits() % entries);
     rho[at] = float(random_bits() % 100) / 100;
   }
-  const Places places{images, length, prefix, slots.data(), codes.data(), mix ? drawn.data() : nullptr,
+  const Sources sources{images, length, prefix, slots.data(), codes.data(), mix ? drawn.data() : nullptr,
                       mix ? rho.data() : nullptr, mix ? share.data() : nullptr};
   const auto encoded = zeros(gathered, tokens * width), positions = zeros(rest, length * width);
   const auto weight = zeros(rest, (bits < 0 ? entries : bits) * width), bias = zeros(rest, width);
   auto out = zeros(rest, images * length * width, missing), d_encoded = encoded;
   auto d_positions = zeros(sums, length * width), d_map = zeros(sums, groups * (bits + 1) * width);
-  const MixGather forward{places, width, tokens, bits, entries, encoded.data(), weight.data(), bias.data(),
+  const MixGather forward{sources, width, tokens, bits, entries, encoded.data(), weight.data(), bias.data(),
                           positions.data(), out.data()};
-  const MixGatherBackward backward{places, width, tokens, bits, groups, out.data(), d_encoded.data(),
+  const MixGatherBackward backward{sources, width, tokens, bits, groups, out.data(), d_encoded.data(),
                                    d_positions.data(), d_map.data()};
   if (cpu) {
     return mix_gather_cpu(forward, gathered, rest, parallel) &&
