@@ -184,8 +184,7 @@ class RunDirectory:
             self._sweep()  # incomplete checkpoints may take the space that is missing
         then = f"resumes from {kept[-1]}" if kept else "starts from the beginning, since there is none yet"
         raise (UserError if self.place.is_main else dist.ElsewhereError)(
-            f"a checkpoint in {self.path} could not be written ({reasons[0]}): "
-            f"free space, then the same command {then}"
+            f"a checkpoint in {self.path} could not be written ({reasons[0]}): free space, then the same command {then}"
         )
 
     def checkpoints(self) -> list[Path]:

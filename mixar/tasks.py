@@ -21,15 +21,11 @@ OBJECTIVES: dict[str, Callable[[Config, dict[str, Any], torch.device, Source | N
     "vae": lambda cfg, data, device, source: VAEObjective(cfg, _first_images(source)),
     "tokenizer": lambda cfg, data, device, source: TokenizerObjective(cfg, _first_images(source)),
     "prior": lambda cfg, data, device, source: PriorObjective(cfg, data),
-    "mixar": lambda cfg, data, device, source: MixARObjective(
-        cfg, LatentNorm.from_dict(data["latents"]), device, data
-    ),
+    "mixar": lambda cfg, data, device, source: MixARObjective(cfg, LatentNorm.from_dict(data["latents"]), device, data),
 }
 
 
-def build_objective(
-    cfg: Config, data: dict[str, Any], device: torch.device, source: Source | None = None
-) -> Objective:
+def build_objective(cfg: Config, data: dict[str, Any], device: torch.device, source: Source | None = None) -> Objective:
     """The objective of `cfg.task`, whose `build` gives its network.
 
     Args:

@@ -41,9 +41,7 @@ def test_the_sampling_of_the_reference() -> None:
     with torch.no_grad():
         process = Diffusion(evenly_spaced(9))
         expected = process.sample(reference.diffloss["net"], z, initial.repeat(2, 1), 2.5, noises)[:7]
-        steps = denoise(
-            ours.diffloss.net, Process("9"), z, 2.5, initial, lambda done: noises[done][:7], SampleConfig()
-        )
+        steps = denoise(ours.diffloss.net, Process("9"), z, 2.5, initial, lambda done: noises[done][:7], SampleConfig())
         *_, found = steps
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
     asked: list[int] = []

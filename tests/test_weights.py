@@ -39,12 +39,16 @@ def on_meta(build, cfg) -> nn.Module:
         return build(cfg)
 
 
-@pytest.mark.parametrize(("manifest", "kind", "nest", "build", "cfg"), [
-    ("vavae_f16d32", "vae", lambda state: {"state_dict": state, "epoch": 3}, VAE, VAEConfig()),
-    ("vavae_f16d32", "vae", lambda state: state, VAE, VAEConfig()),
-    ("mar_vae_kl16", "vae", lambda state: {"model": state}, VAE, KL16),
-    ("maskbit_tokenizer_14bit", "tokenizer", lambda state: state, build_tokenizer, TokenizerConfig()),
-], ids=["vavae-lightning", "vavae-flat", "kl16", "tokenizer"])
+@pytest.mark.parametrize(
+    ("manifest", "kind", "nest", "build", "cfg"),
+    [
+        ("vavae_f16d32", "vae", lambda state: {"state_dict": state, "epoch": 3}, VAE, VAEConfig()),
+        ("vavae_f16d32", "vae", lambda state: state, VAE, VAEConfig()),
+        ("mar_vae_kl16", "vae", lambda state: {"model": state}, VAE, KL16),
+        ("maskbit_tokenizer_14bit", "tokenizer", lambda state: state, build_tokenizer, TokenizerConfig()),
+    ],
+    ids=["vavae-lightning", "vavae-flat", "kl16", "tokenizer"],
+)
 def test_published_files_load_key_for_key(tmp_path: Path, manifest: str, kind: str, nest, build, cfg) -> None:
     published = manifest_state(manifest)
     strangers = {"loss.logvar": torch.zeros(1), "linear_proj.weight": torch.zeros(2)} if kind == "vae" else {}
@@ -53,7 +57,8 @@ def test_published_files_load_key_for_key(tmp_path: Path, manifest: str, kind: s
     load_strict(module, read_public(tmp_path / "weights.pt", kind), "weights.pt")
     loaded = module.state_dict()
     assert {key: (value.shape, value.dtype) for key, value in loaded.items()} == {
-        key: (value.shape, value.dtype) for key, value in published.items()}
+        key: (value.shape, value.dtype) for key, value in published.items()
+    }
     assert not any(value.is_meta for value in loaded.values())
 
 
@@ -84,8 +89,12 @@ def test_every_misfit_is_named_in_one_message() -> None:
     state = {"0.weight": torch.zeros(3, 3), "0.bias": torch.zeros(2), "stranger": torch.zeros(1)}
     with pytest.raises(UserError) as caught:
         load_strict(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)), state, "some.pt")
-    for part in ("some.pt", "2 missing: 1.weight, 1.bias", "1 unexpected: stranger",
-                 "1 misshapen: 0.weight [3, 3] instead of [2, 3]"):
+    for part in (
+        "some.pt",
+        "2 missing: 1.weight, 1.bias",
+        "1 unexpected: stranger",
+        "1 misshapen: 0.weight [3, 3] instead of [2, 3]",
+    ):
         assert part in str(caught.value)
 
 
@@ -150,9 +159,13 @@ def test_what_is_no_weights_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello")
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     torch.save({"optimizer": {}, "epoch": 1}, tmp_path / "other.pt")
-    for path, reason in ((tmp_path / "absent.pt", "no weights at"), (tmp_path, "is a folder"),
-                         (tmp_path / "notes.txt", "not a known type"), (tmp_path / "tensor.pt", "found: Tensor"),
-                         (tmp_path / "other.pt", "under 'model' or at the top; found: optimizer, epoch")):
+    for path, reason in (
+        (tmp_path / "absent.pt", "no weights at"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "notes.txt", "not a known type"),
+        (tmp_path / "tensor.pt", "found: Tensor"),
+        (tmp_path / "other.pt", "under 'model' or at the top; found: optimizer, epoch"),
+    ):
         with pytest.raises(UserError, match=reason):
             read_state(path, nesting=("model",))
 
@@ -206,8 +219,12 @@ def test_weights_of_another_export_are_refused(tmp_path: Path) -> None:
 
 def test_the_fingerprint_tells_weights_apart() -> None:
     state = {"a": torch.arange(6.0).view(2, 3), "scalar": torch.tensor(1.0)}
-    others = [state | {"a": state["a"].view(3, 2)}, state | {"a": state["a"].int()}, state | {"b": state["a"]},
-              state | {"a": state["a"].nextafter(torch.tensor(9.0))}]
+    others = [
+        state | {"a": state["a"].view(3, 2)},
+        state | {"a": state["a"].int()},
+        state | {"b": state["a"]},
+        state | {"a": state["a"].nextafter(torch.tensor(9.0))},
+    ]
     assert len({fingerprint(each) for each in [state, *others]}) == 5
     assert fingerprint(dict(reversed(state.items()))) == fingerprint(state)
     assert fingerprint({"a": state["a"].T.contiguous().T, "scalar": state["scalar"]}) == fingerprint(state)

@@ -16,8 +16,20 @@ from mixar.config import TokenizerConfig, VAEConfig, section_from_dict
 from mixar.errors import UserError
 from mixar.weights import find_export, loaded, read_export, read_public
 
-__all__ = ["TOKENIZERS", "VAE", "LatentNorm", "Tokenizer", "build_tokenizer", "from_bytes", "ids_from_bits", "kl",
-           "load_tokenizer", "load_vae", "posterior", "to_bytes"]
+__all__ = [
+    "TOKENIZERS",
+    "VAE",
+    "LatentNorm",
+    "Tokenizer",
+    "build_tokenizer",
+    "from_bytes",
+    "ids_from_bits",
+    "kl",
+    "load_tokenizer",
+    "load_vae",
+    "posterior",
+    "to_bytes",
+]
 
 TOKENIZERS: dict[str, Callable[[TokenizerConfig], Tokenizer]] = {
     "maskbit": MaskBitTokenizer,

@@ -75,9 +75,7 @@ def read_images(source: str | Path, size: int | None = None, batch: int = 64) ->
 def _open_npz(path: Path, batch: int) -> ImageBatches:
     npz = Npz(path, "images")
     if "arr_0" not in npz.names:
-        raise UserError(
-            f"{path} holds {', '.join(npz.names)}: images are expected in `arr_0`, uint8 [n, H, W, 3]"
-        )
+        raise UserError(f"{path} holds {', '.join(npz.names)}: images are expected in `arr_0`, uint8 [n, H, W, 3]")
     shape, dtype = npz.header("arr_0")
     if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
         raise UserError(f"`arr_0` of {path} is {dtype} {list(shape)}: images are expected, uint8 [n, H, W, 3]")

@@ -61,7 +61,15 @@ class Loader:
     """
 
     def __init__(
-        self, source: Source, seed: int, batch: int, micro_batch: int, rank: int, world: int, workers: int, flip: bool,
+        self,
+        source: Source,
+        seed: int,
+        batch: int,
+        micro_batch: int,
+        rank: int,
+        world: int,
+        workers: int,
+        flip: bool,
         start: int = 0,
     ):
         assert batch % (micro_batch * world) == 0, "the config's check ensures it"

@@ -78,12 +78,20 @@ def check_manifest(manifest: Manifest, config: Config) -> None:
     for what, found, wanted, fix in (
         ("image size", manifest.image_size, config.data.image_size, f"data.image_size={manifest.image_size}"),
         ("classes", len(manifest.classes), config.data.classes, f"data.classes={len(manifest.classes)}"),
-        ("latent channels", manifest.latent_channels, config.vae.latent_channels,
-         f"vae.latent_channels={manifest.latent_channels}"),
+        (
+            "latent channels",
+            manifest.latent_channels,
+            config.vae.latent_channels,
+            f"vae.latent_channels={manifest.latent_channels}",
+        ),
         ("bits per code", manifest.code_bits, config.tokenizer.bits, f"tokenizer.bits={manifest.code_bits}"),
         ("latent grid", manifest.grid, config.latent_grid, f"vae.multipliers with {levels(manifest.grid)} entries"),
-        ("code grid", manifest.code_grid, config.code_grid,
-         f"tokenizer.multipliers with {levels(manifest.code_grid)} entries"),
+        (
+            "code grid",
+            manifest.code_grid,
+            config.code_grid,
+            f"tokenizer.multipliers with {levels(manifest.code_grid)} entries",
+        ),
     ):
         if found != wanted:
             raise UserError(

@@ -85,8 +85,10 @@ def check_pre_draw(cfg: Config, prior: Prior, manifest: Manifest) -> None:
     """
     variants = cfg.ti_mix.variants
     if cfg.data.flip and variants % 2:
-        raise UserError(f"ti_mix.variants={variants} does not divide between the two flips: "
-                        f"write ti_mix.variants={variants + 1}, or data.flip=false")
+        raise UserError(
+            f"ti_mix.variants={variants} does not divide between the two flips: "
+            f"write ti_mix.variants={variants + 1}, or data.flip=false"
+        )
     check_manifest(manifest, cfg)
     known = {"bits": prior.config.bits, "grid": prior.config.grid, "classes": prior.config.classes}
     found = {"bits": manifest.code_bits, "grid": manifest.code_grid, "classes": len(manifest.classes)}

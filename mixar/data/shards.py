@@ -147,9 +147,7 @@ def check_broken(cfg: Config, images: ImageSet, broken: list[str]) -> None:
 class _Encoder:
     """Encodes images into rows of shards, and sums up what the manifest needs."""
 
-    def __init__(
-        self, cfg: Config, images: ImageSet, planned: Manifest, vae: VAE, tokenizer: Tokenizer, device: Any
-    ):
+    def __init__(self, cfg: Config, images: ImageSet, planned: Manifest, vae: VAE, tokenizer: Tokenizer, device: Any):
         self.cfg, self.images, self.vae, self.tokenizer, self.device = cfg, images, vae, tokenizer, device
         self.broken: list[str] = []  # keys in all parts so far
         self.code_dtype = code_dtype(planned.code_bits)

@@ -73,8 +73,7 @@ def assumptions(card_name: str, compiled: bool, precision: str) -> list[str]:
     anchor = (
         "the lower end of reports of compiled transformers of 0.8 to 1.3 B parameters on H100, 35-43 %"
         if compiled
-        else "the upper end of published MAR-L runs, 9-17 %; engine.compile=true is planned at "
-        f"{UTILISATION[True]:.0%}"
+        else f"the upper end of published MAR-L runs, 9-17 %; engine.compile=true is planned at {UTILISATION[True]:.0%}"
     )
     return [
         f"{card_name}: {card.memory / 1e9:.0f} GB, {peak / 1e12:.0f} TFLOP/s dense in {precision}, "

@@ -88,9 +88,7 @@ def decoding_steps(
     """The steps of `sample_codes`: draw every masked sub-token, fix the most confident, mask the others again."""
     assert not prior.training, "sampling with dropout on"
     steps, shape = settings.prior_steps, (len(labels), prior.config.grid**2, prior.config.splits)
-    weights = guidance_weights(
-        settings.prior_cfg_scale, steps, settings.prior_cfg_schedule, settings.prior_cfg_power
-    )
+    weights = guidance_weights(settings.prior_cfg_scale, steps, settings.prior_cfg_schedule, settings.prior_cfg_power)
     counts = mask_counts(shape[1] * shape[2], steps, settings.prior_mask_schedule)
     tokens = torch.full(shape, prior.mask_id, device=labels.device)
     for step, (weight, count) in enumerate(zip(weights, counts)):

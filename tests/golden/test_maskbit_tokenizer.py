@@ -23,17 +23,19 @@ def golden():
 @pytest.fixture(scope="module")
 def tokenizer(golden) -> Tokenizer:
     config = golden.config
-    tokenizer = build_tokenizer(TokenizerConfig(
-        width=config["hidden_channels"],
-        multipliers=config["channel_mult"],
-        blocks=config["num_res_blocks"],
-        decoder_blocks=config.get("num_res_blocks_decoder"),
-        bits=config["token_size"],
-        commitment_weight=config["commitment_cost"],
-        entropy_weight=config["entropy_loss_weight"],
-        entropy_temperature=config["entropy_loss_temperature"],
-        entropy_gamma=config["entropy_gamma"],
-    ))
+    tokenizer = build_tokenizer(
+        TokenizerConfig(
+            width=config["hidden_channels"],
+            multipliers=config["channel_mult"],
+            blocks=config["num_res_blocks"],
+            decoder_blocks=config.get("num_res_blocks_decoder"),
+            bits=config["token_size"],
+            commitment_weight=config["commitment_cost"],
+            entropy_weight=config["entropy_loss_weight"],
+            entropy_temperature=config["entropy_loss_temperature"],
+            entropy_gamma=config["entropy_gamma"],
+        )
+    )
     load_strict(tokenizer, golden.under("sd."), "the fixture")
     return tokenizer.eval().requires_grad_(False)
 
@@ -42,8 +44,10 @@ def tokenizer(golden) -> Tokenizer:
 def passed(golden, tokenizer) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
     """The outputs of all modules in a pass over the images, the reconstruction and the losses."""
     seen: dict[str, Tensor] = {}
-    hooks = [module.register_forward_hook(lambda module, inputs, output, name=name: seen.setdefault(name, output))
-             for name, module in tokenizer.named_modules()]
+    hooks = [
+        module.register_forward_hook(lambda module, inputs, output, name=name: seen.setdefault(name, output))
+        for name, module in tokenizer.named_modules()
+    ]
     reconstruction, losses = tokenizer(golden.tensors["in.image"])
     for hook in hooks:
         hook.remove()
@@ -53,8 +57,11 @@ def passed(golden, tokenizer) -> tuple[dict[str, Tensor], Tensor, dict[str, Tens
 def test_every_stage_of_the_pass(golden, passed) -> None:
     seen, out = passed[0], golden.under("out.")
     stages = {"enc_mid": "encoder.mid", "z_pre": "encoder", "dec_mid": "decoder.mid"}
-    stages |= {name: name.replace("enc_stage", "encoder.down").replace("dec_stage", "decoder.up")
-               for name in out if "_stage." in name}
+    stages |= {
+        name: name.replace("enc_stage", "encoder.down").replace("dec_stage", "decoder.up")
+        for name in out
+        if "_stage." in name
+    }
     assert len(stages) == 3 + 2 * len(golden.config["channel_mult"])
     for name, module in stages.items():
         assert_close(seen[module], out[name], STRICT, name)

@@ -23,13 +23,15 @@ def golden():
 @pytest.fixture(scope="module")
 def vae(golden) -> VAE:
     config = golden.config
-    vae = VAE(VAEConfig(
-        width=config["ch"],
-        multipliers=config["ch_mult"],
-        blocks=config["num_res_blocks"],
-        attention_levels=[int(math.log2(config["resolution"] // side)) for side in config["attn_resolutions"]],
-        latent_channels=config["embed_dim"],
-    ))
+    vae = VAE(
+        VAEConfig(
+            width=config["ch"],
+            multipliers=config["ch_mult"],
+            blocks=config["num_res_blocks"],
+            attention_levels=[int(math.log2(config["resolution"] // side)) for side in config["attn_resolutions"]],
+            latent_channels=config["embed_dim"],
+        )
+    )
     load_strict(vae, golden.under("sd."), "the fixture")
     return vae.eval().requires_grad_(False)
 
