@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
 (Frechet distances in the features of a small {report["measured_with"]["features"]}; not an Inception FID)
 
 {out / "report.png"}   {out / "report.json"}   {report["seconds"]["total"]:.0f} s in all
-Go on:
+Next:
   mixar sample {out / "mixar"} --labels 0-{demo.classes - 1} --grid
   mixar train demo/mixar --dry-run
   tensorboard --logdir {out}""")
