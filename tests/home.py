@@ -146,6 +146,7 @@ def _run_as_program(arguments: list[str], env: dict[str, str], log: Path) -> Non
     with log.open("a") as out:
         os.dup2(out.fileno(), 1), os.dup2(out.fileno(), 2)
     os.environ.update(env)
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a program that python starts
     torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
     os.chdir(ROOT)
     if arguments[0] == "-c":

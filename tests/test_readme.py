@@ -68,6 +68,7 @@ PARSED = (
     "mixar plan configs/mixar_h.yaml --gpus 32",
     "mixar plan configs/mixar_h.yaml",
     "mixar plan configs/mixar_h.yaml --gpus 32 --gpu h100",
+    "mixar plan configs/mixar_l_512.yaml --gpus 32",
     "mixar doctor configs/mixar_h.yaml",
     "sbatch slurm/train_h.sh",
     "sbatch --nodes=8 slurm/train_h.sh configs/mixar_h.yaml engine.compile=true",

@@ -96,5 +96,5 @@ def test_other_files_are_not_inception(tmp_path, export):
 
 
 def test_a_folder_without_a_classifier_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no export"):
+    with pytest.raises(UserError, match="is not an export"):
         make_extractor(str(tmp_path))

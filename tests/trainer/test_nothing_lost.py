@@ -73,7 +73,7 @@ def test_a_checkpoint_of_odd_notes_is_passed_over(home, run, name, content) -> N
     (run / "checkpoints" / "000000000160" / name).write_text(content)
     train(config(home, run, "train.epochs=1.25"))
     log = (run / "log.txt").read_text()
-    assert "passing over" in log and "000000000080: step 5, 80 images" in log
+    assert "skipping" in log and "000000000080: step 5, 80 images" in log
 
 
 def test_a_checkpoint_whose_progress_was_changed_is_passed_over(home, run) -> None:
