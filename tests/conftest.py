@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from mixar.model import MixAR, init_weights
 from mixar.prior import Prior
 from mixar.sampling import MixARPipeline
 from tests.home import make_home
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, also by the runs that tests send it to
 
 MODEL = ModelConfig(
     grid=8, latent_channels=4, code_bits=4, code_dim=None, classes=3, class_tokens=2, head_depth=1, head_width=32,
