@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from streaming import LocalDataset
 
 from mixar import slurm
+from mixar.weights import read_export, write_export
 
 COMMAND = [sys.executable, "-m", "mixar", "prepare"]
 
@@ -83,9 +83,8 @@ def test_shards_are_verified_by_the_codecs_that_made_them(refused, mixar, home, 
     shutil.copytree(home / "shards", tmp_path / "shards")
     config, ours = home / "config.yaml", f"data.shards={tmp_path}/shards"
     assert mixar("prepare", config, "--verify", ours)[0] == 0 and (tmp_path / "shards/verify.png").exists()
-    shutil.copytree(home / "vae", tmp_path / "vae")
-    state = load_file(home / "vae/model.safetensors")
-    save_file({name: value + 1 for name, value in state.items()}, tmp_path / "vae/model.safetensors")
+    about, state = read_export(home / "vae", "vae")
+    write_export(tmp_path / "vae", "vae", about["config"], {name: value + 1 for name, value in state.items()})
     assert "another vae" in refused("prepare", config, "--verify", ours, f"vae.weights={tmp_path}/vae")
 
 
