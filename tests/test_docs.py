@@ -113,10 +113,13 @@ def test_planned_hours() -> None:
 
 def test_make_help_names_every_target() -> None:
     (targets,) = re.findall(r"^\.PHONY: (.+)$", read("Makefile"), re.M)
-    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert {line.split()[0] for line in shown.splitlines()} == set(targets.split())
 
 
+@pytest.mark.slow
 def test_the_site_builds(tmp_path: Path) -> None:
     """A link that leads nowhere, a page that is not listed, or a docstring that cannot be read is an error."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]

@@ -16,6 +16,8 @@ from mixar.sampling import MixARPipeline
 from mixar.train import train
 from mixar.weights import read_export
 
+pytestmark = pytest.mark.slow  # as a whole: trainings, compilers or many bytes
+
 
 @pytest.fixture(scope="module")
 def make_config(home, tmp_path_factory):

@@ -12,6 +12,8 @@ from mixar.data.image_batches import read_images
 from mixar.errors import UserError
 from mixar.evaluation.scores import Statistics
 
+pytestmark = pytest.mark.slow  # as a whole: trainings, compilers or many bytes
+
 
 class Trap:
     """Leaves a file behind when it is unpickled."""

@@ -27,6 +27,8 @@ from mixar.prior import Prior, fill
 from mixar.rng import Stream
 from mixar.weights import fingerprint
 
+pytestmark = pytest.mark.slow  # as a whole: commands, compilers or many processes
+
 
 def rows(folder: str) -> list[dict]:
     return list(LocalDataset(folder))

@@ -11,6 +11,8 @@ from mixar.evaluation.classifier import load_classifier, save_classifier
 from mixar.evaluation.extractors import make_extractor
 from mixar.weights import describe_export, fingerprint
 
+pytestmark = pytest.mark.slow  # as a whole: trainings, compilers or many bytes
+
 
 def test_training_is_a_function_of_the_seed(digits):
     images, labels = digits[0][:200], digits[1][:200]

@@ -25,6 +25,8 @@ while [ "$1" != -o ]; do shift; done
 echo compiled > "$2"
 """
 
+pytestmark = pytest.mark.slow  # as a whole: trainings, compilers or many bytes
+
 
 @pytest.fixture
 def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

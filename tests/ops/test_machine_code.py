@@ -10,6 +10,8 @@ import pytest
 
 from mixar.ops.build import ARCHITECTURES, build
 
+pytestmark = pytest.mark.slow  # as a whole: commands, compilers or many processes
+
 KERNELS = {"forward": 4, "backward": 4, "embed": 2}  # and for how many types each
 
 

@@ -17,6 +17,8 @@ from mixar.demo.classifier import train_classifier
 from mixar.evaluation.classifier import save_classifier
 from mixar.sampling_flags import parse_grid
 
+pytestmark = pytest.mark.slow  # as a whole: commands, compilers or many processes
+
 
 @pytest.fixture(scope="session")
 def digits():

@@ -88,6 +88,7 @@ def test_shards_are_verified_by_the_codecs_that_made_them(refused, mixar, home, 
     assert "another vae" in refused("prepare", config, "--verify", ours, f"vae.weights={tmp_path}/vae")
 
 
+@pytest.mark.slow
 def test_signals_to_all_of_its_processes_end_it_cleanly(home, tmp_path) -> None:
     given = [home / "config.yaml", f"data.images={photos(tmp_path, 100)}", f"data.shards={tmp_path}/shards",
              "data.workers=4"]  # fmt: skip
@@ -105,6 +106,7 @@ def test_signals_to_all_of_its_processes_end_it_cleanly(home, tmp_path) -> None:
     assert len(LocalDataset(str(tmp_path / "shards"))) == 100
 
 
+@pytest.mark.slow
 def test_ranks_that_draw_beforehand_all_draw(home, tmp_path) -> None:
     given = [home / "config.yaml", f"data.shards={tmp_path}/shards", "--pre-draw", "--world=2", "ti_mix.variants=2"]
     ranks = [subprocess.Popen([*COMMAND, *given, f"--rank={rank}"], stdout=subprocess.PIPE) for rank in (1, 0)]

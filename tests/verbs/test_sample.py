@@ -16,6 +16,8 @@ from mixar.sampling import MixARPipeline
 from mixar.sampling.sample_set import parse_labels
 from mixar.weights import read_export, write_export
 
+pytestmark = pytest.mark.slow  # as a whole: commands, compilers or many processes
+
 
 def pixels(folder):
     return {file.name: np.asarray(Image.open(file)).copy() for file in folder.glob("*.png")}
