@@ -219,7 +219,7 @@ def test_the_programs_run(clone: Path) -> None:
 
 @pytest.mark.slow
 def test_what_the_demo_names_next_runs(demo: tuple[Path, str], clone: Path) -> None:
-    lines = demo[1].partition("Go on:\n")[2].splitlines()
+    lines = demo[1].partition("Next:\n")[2].splitlines()
     assert [" ".join(line.split()[:2]) for line in lines] == ["mixar sample", "mixar train", "tensorboard --logdir"]
     for line in lines[:2]:
         succeed(clone, "-m", *shlex.split(line))
