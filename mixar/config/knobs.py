@@ -232,7 +232,7 @@ class EngineConfig:
 
     name: str | None = _word(None, *ENGINES)  # None: by the launcher and the number of nodes
     recompute: str = _word("none", *RECOMPUTE)  # activations to recompute in the backward pass
-    compile: bool = False  # compile each block by torch.compile, as one graph
+    compile: bool | None = None  # compile each block by torch.compile; None: on a GPU
     deepspeed: str | None = None  # a JSON file, merged over DeepSpeed's configuration by mixar
     # seconds without a finished step, after which the stacks of all ranks are logged and the run ends
     timeout: float = _number(600.0, 1, 10**7)

@@ -7,6 +7,8 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
+from mixar.transfer import to_device
+
 
 @dataclass(frozen=True)
 class Picks:
@@ -15,12 +17,6 @@ class Picks:
     index: Tensor  # int64 [B], global sample index: images seen before it
     rows: list[int]  # the row of each in the source
     flips: list[bool]  # whether each is mirrored
-
-
-def on_device(values: list[int], device: torch.device) -> Tensor:
-    """Numbers as an int64 tensor on `device`, without waiting for its running work."""
-    tensor = torch.tensor(values, dtype=torch.int64)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class _Movable:
@@ -71,7 +67,7 @@ class Batch(_Movable):
 
     def select(self, order: list[int]) -> "Batch":
         """The samples at `order`, in that order."""
-        pick = on_device(order, self.index.device)
+        pick = to_device(torch.tensor(order), self.index.device)
         moved = self._map(lambda tensor: tensor[pick])
         moved.host_index, moved.keys = [self.host_index[i] for i in order], [self.keys[i] for i in order]
         if moved.drawn is not None:

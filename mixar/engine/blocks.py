@@ -21,7 +21,12 @@ def blocks_of(network: nn.Module, part: str | None = None) -> list[nn.Module]:
     return [module for name, modules in declared().items() if part in (None, name) for module in modules]
 
 
-def prepare_blocks(network: nn.Module, cfg: EngineConfig) -> None:
+def compiles(cfg: EngineConfig, device: torch.device) -> bool:
+    """Whether the blocks of a run on `device` are compiled: as `engine.compile` says, or on a GPU."""
+    return device.type == "cuda" if cfg.compile is None else cfg.compile
+
+
+def prepare_blocks(network: nn.Module, cfg: EngineConfig, device: torch.device) -> None:
     """Set up recomputation and compilation as `cfg` says.
 
     Only `forward` is replaced, so that parameter names do not change, and the hooks of sharding stay out of the graph.
@@ -32,8 +37,9 @@ def prepare_blocks(network: nn.Module, cfg: EngineConfig) -> None:
         forward = module.forward
         if id(module) in recomputed:
             forward = _recomputing(forward)
-        if cfg.compile:
-            forward = torch.compile(forward, fullgraph=True)
+        if compiles(cfg, device):
+            # not as one graph or an error: a run whose shapes change too often goes on without compilation
+            forward = torch.compile(forward, dynamic=False)
         module.forward = forward  # type: ignore[method-assign]
 
 

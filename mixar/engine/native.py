@@ -27,7 +27,7 @@ class NativeEngine(Engine):
         super().__init__(cfg, task, place)
         with torch.device("meta"):  # memory is allocated only for this rank's shards
             network = task.build()
-        prepare_blocks(network, cfg.engine)
+        prepare_blocks(network, cfg.engine, place.device)
         self._shard(network)
         network.to_empty(device=place.device)
         self.network = network

@@ -102,7 +102,7 @@ class ZeroEngine(Engine):
             with torch.device("meta"):
                 network = task.build()
             network.to_empty(device=place.device)
-        prepare_blocks(network, cfg.engine)
+        prepare_blocks(network, cfg.engine, place.device)
         named: dict[str, Any] = {name: p for name, p in network.named_parameters() if p.requires_grad}
         shapes = {name: torch.Size(getattr(p, "ds_shape", p.shape)) for name, p in named.items()}
         like = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}

@@ -1,8 +1,10 @@
 """The training mask (Eq. 8): the distribution of its ratio, its stratification, and the packing of visible tokens."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from torch import Tensor
 from mixar import rng
 from mixar.config import MaskConfig
 from mixar.rng import Stream
+from mixar.transfer import to_device
 
 
 def ratio_quantile(u: Tensor, minimum: float, std: float) -> Tensor:
@@ -48,6 +51,31 @@ def masked_counts(cfg: MaskConfig, tokens: int, seed: int, indices: Sequence[int
     return torch.ceil(tokens * ratio_quantile(levels, cfg.minimum, cfg.std)).long().tolist()
 
 
+class Room(NamedTuple):
+    """Numbers of visible and of masked tokens that each batch is filled up to, so that shapes do not change."""
+
+    visible: int
+    masked: int
+
+
+@lru_cache(maxsize=8)
+def rooms(cfg: MaskConfig, tokens: int, images: int) -> tuple[Room, Room]:
+    """The room of almost all micro-batches of `images`, and the room that is always enough.
+
+    Usual are four standard deviations above the mean; with `ratio_scope: batch` all images have one ratio.
+
+    Args:
+        tokens: N.
+    """
+    fine = replace(cfg, ratio_scope="image", group=1024)
+    masked = torch.tensor(masked_counts(fine, tokens, 0, range(1024), 1024), dtype=torch.float64)
+    spread = 4 * masked.std() / (1 if cfg.ratio_scope == "batch" else math.sqrt(images))
+    both = [tokens - masked, masked]
+    most = [images * int(counts.max()) for counts in both]
+    usual = [min(math.ceil(images * (counts.mean() + spread) / 64) * 64, top) for counts, top in zip(both, most)]
+    return Room(*usual), Room(*most)
+
+
 @dataclass(frozen=True)
 class Masking:
     """The masked positions of a batch, and the packing of the visible ones into one row of tokens.
@@ -55,17 +83,21 @@ class Masking:
     Attributes:
         masked: bool [B, N], True where the model predicts.
         visible: V per image, known on the host, so that no shape waits for the device.
+        room: the numbers of tokens that the model fills its rows up to; None adds no tokens.
     """
 
     masked: Tensor
     visible: tuple[int, ...]
+    room: Room | None = None
 
     @classmethod
-    def from_order(cls, order: Tensor, counts: Sequence[int]) -> "Masking":
-        """Mask the first `counts[b]` positions of image b's `order` [B, N]."""
+    def from_order(cls, order: Tensor, counts: Sequence[int], rooms: Sequence[Room] = ()) -> "Masking":
+        """Mask the first `counts[b]` positions of image b's `order` [B, N], and take the first room that is enough."""
         n = order.shape[1]
         limits = _on_device(tuple(counts), order.device)
-        return cls(order.argsort(-1) < limits[:, None], tuple(n - count for count in counts))
+        masked, visible = sum(counts), n * len(counts) - sum(counts)
+        room = next((room for room in rooms if room.visible >= visible and room.masked >= masked), None)
+        return cls(order.argsort(-1) < limits[:, None], tuple(n - count for count in counts), room)
 
     @property
     def hidden(self) -> tuple[int, ...]:
@@ -107,18 +139,17 @@ def _flat(index: Tensor) -> Tensor:
 # host, and kept on the device.
 @lru_cache(maxsize=512)
 def _on_device(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(counts).to(device)
+    return to_device(torch.tensor(counts), device)
 
 
 @lru_cache(maxsize=512)
 def _spans(visible: tuple[int, ...], width: int, prefix: int, tail: bool, device: torch.device) -> Tensor:
     """The first prefix + V columns of each row of a [B, width] table, or those after them, flattened."""
     spans = [(b * width, b * width + prefix + v, (b + 1) * width) for b, v in enumerate(visible)]
-    return torch.cat([torch.arange(cut, end) if tail else torch.arange(start, cut) for start, cut, end in spans]).to(
-        device
-    )
+    parts = [torch.arange(cut, end) if tail else torch.arange(start, cut) for start, cut, end in spans]
+    return to_device(torch.cat(parts), device)
 
 
 @lru_cache(maxsize=64)
 def _weights(counts: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.cat([torch.full((count,), 1 / (count * len(counts))) for count in counts]).to(device)
+    return to_device(torch.cat([torch.full((count,), 1 / (count * len(counts))) for count in counts]), device)

@@ -1,6 +1,7 @@
 """Attention over packed rows of tokens: the one place where images of different lengths meet."""
 
 import importlib
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from itertools import accumulate
@@ -14,8 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mixar.errors import UserError
 from mixar.model.dropout import drop
-
-Lengths = tuple[int, ...]  # tokens per image in a packed row, known on the host
+from mixar.transfer import to_device
 
 
 class Wanted(NamedTuple):
@@ -27,7 +27,43 @@ class Wanted(NamedTuple):
     """
 
     rows: Tensor
-    counts: Lengths
+    counts: tuple[int, ...]
+
+
+class Lengths(NamedTuple):
+    """Tokens per image of a packed row, in the form that the kernel takes; see `pack`.
+
+    Attributes:
+        counts: numbers on the host, for kernels that compute images of one length together.
+        offsets: int32 [B + 1] on the device, the first token of each image and the end, for kernels that take images of
+            all lengths at once. A compiled graph then does not depend on the lengths.
+        longest: an upper bound of the lengths.
+    """
+
+    counts: tuple[int, ...] | None
+    offsets: Tensor | None
+    longest: int
+
+    def merged(self, images: int) -> "Lengths":
+        """The same tokens, divided among the first `images` images: the last of them takes those of the others."""
+        if self.counts is not None:
+            return self._replace(counts=(*self.counts[: images - 1], sum(self.counts[images - 1 :])))
+        assert self.offsets is not None
+        return self._replace(offsets=torch.cat([self.offsets[:images], self.offsets[-1:]]))
+
+
+def pack(counts: Sequence[int], kernel: str, device: torch.device, longest: int) -> Lengths:
+    """The lengths of packed images for a kernel of `model.attention` on a device; `longest` bounds them."""
+    if device.type == "cuda" and kernel in OFFSETS:
+        return Lengths(None, _offsets(tuple(counts), device), longest)
+    return Lengths(tuple(counts), None, longest)
+
+
+class Queries(NamedTuple):
+    """`Wanted` for a block: rows int64 [R], and their numbers per image."""
+
+    rows: Tensor
+    lengths: Lengths
 
 
 class Kernel(NamedTuple):
@@ -49,6 +85,7 @@ class Kernel(NamedTuple):
     package: str = ""
 
 
+OFFSETS = ("auto", "efficient", "flash", "fa2", "fa3", "fa4")  # on a card these take images of all lengths at once
 _ANY_CARD = ((8, 9, 10, 11, 12), "a CUDA card of the Ampere generation or newer")
 KERNELS = {
     "auto": Kernel(None),
@@ -101,9 +138,12 @@ def prepare_attention(kernel: str, device: torch.device) -> str:
                 "torch.nn.attention.activate_flash_attention_impl: write model.attention=auto"
             ) from None
         activate_flash_attention_impl(kernel.upper())
-        return f"{kernel} behind torch's scaled_dot_product_attention, images of one length together"
+        return f"{kernel} behind torch's flash attention, images of all lengths in one call"
     if kernel == "fa2":
         return "flash_attn_varlen_func, images of all lengths in one call"
+    if cuda and kernel in OFFSETS:
+        names = {"auto": "flash attention in bf16, efficient attention in float32", "flash": "flash attention"}
+        return f"torch's {names.get(kernel, 'efficient attention')}, images of all lengths in one call"
     return f"torch's scaled_dot_product_attention ({kernel}), images of one length together"
 
 
@@ -118,20 +158,17 @@ def attend(
         k, v: [M, H, d], image after image with the token counts `memory`, M in total.
         dropout: probability of dropping an attention weight.
         kernel: `model.attention`.
-        keys: int64 [T], one dropout key per query; None drops nothing.
+        keys: int64 [T], one dropout key per query; None leaves dropout to torch's generator.
 
     Returns:
         [T, H, d].
     """
-    dropout = 0.0 if keys is None else dropout
-    if kernel == "fa2":  # its dropout uses torch's generator
-        from flash_attn import flash_attn_varlen_func
-
-        starts, memory_starts = _starts(lengths, q.device), _starts(memory, q.device)
-        return flash_attn_varlen_func(q, k, v, starts, memory_starts, max(lengths), max(memory), dropout_p=dropout)
+    if lengths.offsets is not None:
+        return _by_offsets(q, k, v, lengths, memory, dropout, kernel)
+    assert lengths.counts is not None and memory.counts is not None
     backend = KERNELS[kernel].backend
     chosen: AbstractContextManager = nullcontext() if backend is None else sdpa_kernel(backend)
-    alike = _alike(lengths, memory)
+    alike = _alike(lengths.counts, memory.counts)
     sizes, memory_sizes = [b * n for b, n, _ in alike], [b * m for b, _, m in alike]
     parts = [None] * len(sizes) if keys is None else keys.split(sizes)
     outs = []
@@ -140,7 +177,7 @@ def attend(
             alike, parts, q.split(sizes), k.split(memory_sizes), v.split(memory_sizes)
         ):
             queries, those, values = (rearrange(x, "(b n) h d -> b h n d", b=images) for x in rows)
-            if part is None or q.device.type != "cpu":  # on a card the kernel uses torch's generator
+            if part is None or dropout == 0:
                 out = F.scaled_dot_product_attention(queries, those, values, dropout_p=dropout)
             else:
                 out = _explicit(queries, those, values, dropout, part.view(images, -1))
@@ -148,7 +185,27 @@ def attend(
     return torch.cat(outs)
 
 
-def _alike(lengths: Lengths, memory: Lengths) -> list[tuple[int, int, int]]:
+def _by_offsets(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, memory: Lengths, dropout: float, kernel: str
+) -> Tensor:
+    """`attend` on a card by a kernel that takes images of all lengths at once."""
+    spans = lengths.offsets, memory.offsets, lengths.longest, memory.longest
+    if kernel == "fa2":
+        from flash_attn import flash_attn_varlen_func
+
+        return flash_attn_varlen_func(q, k, v, *spans, dropout_p=dropout)
+    width = q.shape[-1]
+    q, k, v = (F.pad(x, (0, -width % 8)) if width % 8 else x for x in (q, k, v))  # both kernels read 8 values at a time
+    if kernel == "efficient" or q.dtype == torch.float32:
+        out = torch.ops.aten._efficient_attention_forward(
+            q[None], k[None], v[None], None, *spans, dropout, 0, torch.is_grad_enabled(), scale=width**-0.5
+        )[0][0]
+    else:
+        out = torch.ops.aten._flash_attention_forward(q, k, v, *spans, dropout, False, False, scale=width**-0.5)[0]
+    return out[..., :width]
+
+
+def _alike(lengths: tuple[int, ...], memory: tuple[int, ...]) -> list[tuple[int, int, int]]:
     """Runs of consecutive images of equal size, as (images, length, memory). torch.compile cannot trace groupby."""
     runs: list[tuple[int, int, int]] = []
     for n, m in zip(lengths, memory):
@@ -170,9 +227,8 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor, dropout: float, keys: Tensor) -> 
 
 # With stratified mask ratios these are the same in every step: built once on the host, kept on the device.
 @lru_cache(maxsize=64)
-def _starts(lengths: Lengths, device: torch.device) -> Tensor:
-    """The offset at which each image of a packed row starts, then the row's length: int32 [B + 1]."""
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device)
+def _offsets(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    return to_device(torch.tensor([0, *accumulate(counts)], dtype=torch.int32), device)
 
 
 class Attention(nn.Module):
@@ -184,19 +240,19 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, lengths: Lengths, keys: Tensor | None, wanted: Wanted | None = None) -> Tensor:
-        """Self-attention within each packed image: x [T, D] to [T, D], or to [R, D] for the `wanted` tokens.
+    def forward(self, x: Tensor, lengths: Lengths, keys: Tensor | None, queries: Queries | None = None) -> Tensor:
+        """Self-attention within each packed image: x [T, D] to [T, D], or to [R, D] for the `queries`.
 
         Args:
             lengths: tokens per image.
-            keys: int64 [T] or [R], the dropout keys of the returned tokens; None drops nothing.
+            keys: int64 [T] or [R], the dropout keys of the returned tokens; see `drop`.
         """
         q, k, v = rearrange(self.qkv(x), "t (three heads d) -> three t heads d", three=3, heads=self.heads)
-        asking = lengths
-        if wanted is not None:
-            q, asking = q[wanted.rows], wanted.counts
-        x = self.proj(attend(q, k, v, asking, lengths, self.dropout, self.kernel, keys).flatten(1))
-        return x if keys is None else drop(x, keys, 1, self.dropout)
+        asking, dropout = lengths, self.dropout if self.training else 0.0
+        if queries is not None:
+            q, asking = q[queries.rows], queries.lengths
+        x = self.proj(attend(q, k, v, asking, lengths, dropout, self.kernel, keys).flatten(1))
+        return drop(x, keys, 1, dropout)
 
 
 class CrossAttention(nn.Module):
@@ -214,11 +270,16 @@ class CrossAttention(nn.Module):
         """x [T, D] of packed images to [T, D], each attending to its own row of memory [B, N, D'].
 
         Args:
-            lengths: tokens per image.
+            lengths: tokens per image; tokens of further images attend to the last row.
             keys: as in `Attention`.
         """
         images, n, _ = memory.shape
         rows = memory.flatten(0, 1)
         q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (self.q(x), self.k(rows), self.v(rows)))
-        x = self.proj(attend(q, k, v, lengths, (n,) * images, self.dropout, self.kernel, keys).flatten(1))
-        return x if keys is None else drop(x, keys, 1, self.dropout)
+        if lengths.counts is not None:
+            there = Lengths((n,) * images, None, n)
+        else:
+            there = Lengths(None, torch.arange(images + 1, device=x.device, dtype=torch.int32) * n, n)
+        dropout = self.dropout if self.training else 0.0
+        x = self.proj(attend(q, k, v, lengths.merged(images), there, dropout, self.kernel, keys).flatten(1))
+        return drop(x, keys, 1, dropout)

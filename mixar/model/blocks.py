@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixar.model.attention import Attention, CrossAttention, Lengths, Wanted
+from mixar.model.attention import Attention, CrossAttention, Lengths, Queries
 from mixar.model.dropout import drop
 
 
@@ -22,9 +22,8 @@ class Mlp(nn.Module):
         hidden = self.fc1(x)
         # in place if no gradient needs the input, so that the model's widest tensor exists only once
         hidden = F.gelu(hidden) if hidden.requires_grad else torch.ops.aten.gelu_(hidden)
-        if keys is None:
-            return self.fc2(hidden)
-        return drop(self.fc2(drop(hidden, keys, 2, self.dropout)), keys, 3, self.dropout)
+        p = self.dropout if self.training else 0.0
+        return drop(self.fc2(drop(hidden, keys, 2, p)), keys, 3, p)
 
 
 class Block(nn.Module):
@@ -48,26 +47,24 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio), dropout)
 
     def forward(
-        self, x: Tensor, lengths: Lengths, memory: Tensor | None, keys: Tensor | None, wanted: Wanted | None = None
+        self, x: Tensor, lengths: Lengths, memory: Tensor | None, keys: Tensor | None, queries: Queries | None = None
     ) -> Tensor:
-        """x [T, D] of packed images to [T, D], or [R, D] for the `wanted` tokens. Without gradients x is overwritten.
+        """x [T, D] of packed images to [T, D], or [R, D] for the `queries`. Without gradients x is overwritten.
 
         Args:
             lengths: tokens per image.
             memory: [B, N, D'] under DC-CA, else None.
-            keys: int64 [T], this layer's dropout key of each token; None drops nothing.
-            wanted: the tokens to return; for the others only keys and values of the self-attention are computed.
+            keys: int64 [T], this layer's dropout key of each token; see `drop`.
+            queries: the tokens to return; for the others only keys and values of the self-attention are computed.
         """
-        normed = self.norm1(x)
-        if wanted is not None:
-            x, lengths_out = x[wanted.rows], wanted.counts
-            keys = None if keys is None else keys[wanted.rows]
-        else:
-            lengths_out = lengths
-        x = _add(x, self.attn(normed, lengths, keys, wanted))
+        normed, asking = self.norm1(x), lengths
+        if queries is not None:
+            x, asking = x[queries.rows], queries.lengths
+            keys = None if keys is None else keys[queries.rows]
+        x = _add(x, self.attn(normed, lengths, keys, queries))
         if self.cross_attn is not None:
             assert memory is not None, "a block with cross-attention needs the memory of discrete tokens"
-            x = _add(x, self.cross_attn(x, lengths_out, memory, None if keys is None else ~keys))  # own keys
+            x = _add(x, self.cross_attn(x, asking, memory, None if keys is None else ~keys))  # own keys
         return _add(x, self.mlp(self.norm2(x), keys))
 
 

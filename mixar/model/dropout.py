@@ -7,6 +7,7 @@ fraction of drawing one, and the row is the same on every machine.
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mixar import rng
@@ -40,11 +41,14 @@ def token_keys(keys: Tensor, tokens: int, layer: int) -> Tensor:
     return rng.bits(layer, Stream.DROPOUT, keys, tokens)
 
 
-def drop(x: Tensor, keys: Tensor, site: int, p: float) -> Tensor:
+def drop(x: Tensor, keys: Tensor | None, site: int, p: float) -> Tensor:
     """x [..., W] with each value set to zero with probability p, else divided by 1 - p.
 
     Args:
-        keys: int64 [...], one per row of x: they decide which values are dropped.
+        keys: int64 [...], one per row of x: they decide which values are dropped. None leaves it to torch's generator,
+            which is faster on a GPU.
         site: index of this dropout in the layer.
     """
+    if keys is None or p == 0:
+        return F.dropout(x, p)
     return torch.where(_kept(keys, site, x.shape[-1], p), x * (1 / (1 - p)), 0.0)

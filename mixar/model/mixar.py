@@ -4,12 +4,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from mixar.config import STEPS, ModelConfig
 from mixar.mixing import Masking, Mixture
-from mixar.model.attention import Wanted
+from mixar.model.attention import Queries, Wanted, pack
 from mixar.model.blocks import Block
 from mixar.model.diffusion import Diffusion
 from mixar.model.dropout import token_keys
@@ -145,14 +146,18 @@ class MixAR(nn.Module):
         if (prefix := self.guidance.encoder_prefix(self, codes)) is not None:
             parts.insert(1, prefix)
         x = torch.cat(parts, 1)
-        rows = masking.packed_rows(self.prefix)
-        lengths = tuple(self.prefix + v for v in masking.visible)
+        rows, counts = masking.packed_rows(self.prefix), [self.prefix + v for v in masking.visible]
         memory = self.guidance.memory(self, codes)
-        width = x.shape[1]
+        width, used = x.shape[1], len(rows)
+        if masking.room is not None:  # further images of copies of one token
+            spare, more = masking.room.visible - sum(masking.visible), -(-masking.room.visible // width)
+            rows = F.pad(rows, (0, spare))
+            counts += [spare * (i + 1) // more - spare * i // more for i in range(more)]
+        lengths = pack(counts, self.config.attention, x.device, width)
         x = self.z_proj_ln(x.flatten(0, 1)[rows])
         for layer, block in enumerate(self.encoder_blocks):
             x = block(x, lengths, memory, None if keys is None else token_keys(keys, width, layer).flatten()[rows])
-        return self.encoder_norm(x)
+        return self.encoder_norm(x[:used])
 
     def decode(
         self, encoded: Tensor, masking: Masking, codes: Tensor | None, wanted: Wanted, keys: Tensor | None = None,
@@ -167,14 +172,21 @@ class MixAR(nn.Module):
         b, n = masking.masked.shape
         embedded, slots = self.decoder_embed(encoded), masking.slots(self.prefix)
         x = self.guidance.decoder_input(self, embedded, slots, codes, mixture)
-        lengths = (self.prefix + n,) * b
+        width, attention = self.prefix + n, self.config.attention
+        lengths = pack((width,) * b, attention, x.device, width)
         memory = self.guidance.memory(self, codes)
         x = x.flatten(0, 1)
-        last = wanted._replace(rows=wanted.rows + self.prefix * (wanted.rows // n + 1))
+        rows, counts = wanted.rows + self.prefix * (wanted.rows // n + 1), list(wanted.counts)
+        if masking.room is not None:  # the last image has copies of one query
+            spare = masking.room.masked - len(rows)
+            rows = F.pad(rows, (0, spare), value=b * width - 1)
+            counts[-1] += spare
+        longest = n if masking.room is None else len(rows)
+        queries = Queries(rows, pack(counts, attention, x.device, longest))
         for layer, block in enumerate(self.decoder_blocks, len(self.encoder_blocks)):
-            token = None if keys is None else token_keys(keys, lengths[0], layer).flatten()
-            x = block(x, lengths, memory, token, last if block is self.decoder_blocks[-1] else None)
-        return x
+            token = None if keys is None else token_keys(keys, width, layer).flatten()
+            x = block(x, lengths, memory, token, queries if block is self.decoder_blocks[-1] else None)
+        return x[: len(wanted.rows)]
 
     def condition(
         self, tokens: Tensor, classes: Tensor, masking: Masking, codes: Tensor | None, wanted: Wanted,
@@ -211,6 +223,8 @@ class MixAR(nn.Module):
         """
         if not self.training or self.config.dropout == 0:
             keys = None
+        elif tokens.is_cuda:
+            keys = None  # torch's generator, which the trainer seeds by the micro-batch, costs a tenth of the keys
         else:
             assert keys is not None, "training with dropout needs one key per image"
         rows = masking.masked_rows
@@ -218,7 +232,16 @@ class MixAR(nn.Module):
         z = self.condition(tokens, self.class_embedding(labels, drop), masking, codes, wanted, keys, mixture)
         target = tokens.flatten(0, 1)[rows]
         mul = len(t)
-        net = lambda x, t: self.diffloss.net(x, t, z)
+        spare = 0 if masking.room is None else masking.room.masked - len(rows)
+
+        def net(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+            if spare == 0:
+                return self.diffloss.net(x, t, z)
+            x, t = F.pad(x.view(mul, len(rows), -1), (0, 0, 0, spare)), F.pad(t.view(mul, -1), (0, spare))
+            outs = self.diffloss.net(x.flatten(0, 1), t.flatten(), F.pad(z, (0, 0, 0, spare)))
+            cut = lambda y: y.unflatten(0, (mul, -1))[:, : len(rows)].flatten(0, 1)
+            return cut(outs[0]), None if outs[1] is None else cut(outs[1])
+
         mse, vb = self.process.losses(net, target.repeat(mul, 1), t.flatten(), noise.flatten(0, 1))
         each = (mse if vb is None else mse + vb).view(mul, -1)
         loss = (each.mean(0) * masking.row_weights).sum()

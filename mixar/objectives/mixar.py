@@ -1,5 +1,6 @@
 """The training of MixAR: mask, TI-Mix, the head's loss. It is the paper's training step on one page."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,17 @@ from torch import Tensor, nn
 from mixar import rng
 from mixar.codecs import LatentNorm, posterior
 from mixar.config import STEPS, Config, to_dict
-from mixar.data.batch import Batch, on_device
-from mixar.engine import Scalars
+from mixar.data.batch import Batch
+from mixar.engine import Scalars, compiles
 from mixar.log import log
-from mixar.mixing import Masking, Mixture, ground_truth_share, masked_counts
+from mixar.mixing import Masking, Mixture, Room, ground_truth_share, masked_counts, rooms
 from mixar.model import MixAR, initial_value, patchify, process_of
 from mixar.objectives.base import mean_of, means_by_bucket
 from mixar.objectives.frozen import Frozen
 from mixar.prior import Prior, fill
 from mixar.rng import Stream
 from mixar.sampling import MixARPipeline
+from mixar.transfer import to_device
 from mixar.weights import write_export
 
 T_BUCKETS = [f"loss/t{low:03d}-{low + 249:03d}" for low in range(0, STEPS, 250)]
@@ -37,7 +39,8 @@ class MixARObjective:
 
     def __init__(self, cfg: Config, norm: LatentNorm, device: torch.device, made: dict[str, Any] | None = None) -> None:
         self.cfg = cfg
-        self.norm = norm
+        self.norm = norm.to(device)
+        self.padded = compiles(cfg.engine, device) and device.type == "cuda"
         self.process = process_of(cfg.model.process)
         self.frozen = Frozen(cfg, made or {})
         online = cfg.ti_mix.enabled and cfg.ti_mix.source == "online"
@@ -67,7 +70,8 @@ class MixARObjective:
         noise = rng.normal(seed, Stream.NOISE, batch.index, mul, n, c)
         noise = rearrange(noise, "b mul n c -> mul (b n) c")[:, rows]
 
-        keys = rng.bits(seed, Stream.DROPOUT, batch.index, 1)[:, 0]
+        on_host = batch.index.device.type == "cpu"
+        keys = rng.bits(seed, Stream.DROPOUT, batch.index, 1)[:, 0] if on_host else None
 
         losses = model(self._tokens(batch), batch.labels, masking, codes, t, noise, drop, keys, mixture)
 
@@ -93,7 +97,11 @@ class MixARObjective:
             counts = masked_counts(cfg.mask, cfg.model.tokens, cfg.seed, batch.host_index, cfg.train.batch)
             order = rng.permutation(cfg.seed, Stream.MASK_ORDER, batch.index, cfg.model.tokens)
         by_length = sorted(range(len(counts)), key=counts.__getitem__)
-        return batch.select(by_length), Masking.from_order(order[by_length], [counts[i] for i in by_length])
+        pick = to_device(torch.tensor(by_length), order.device)
+        known: Sequence[Room] = ()
+        if self.padded and (batch.drawn is not None or cfg.mask.ratio_scope == "batch"):
+            known = rooms(cfg.mask, cfg.model.tokens, len(counts))
+        return batch.select(by_length), Masking.from_order(order[pick], [counts[i] for i in by_length], known)
 
     def _tokens(self, batch: Batch) -> Tensor:
         """x_c: a fresh posterior sample of each image's latents, normalised, as tokens [B, N, C]."""
@@ -132,7 +140,7 @@ class MixARObjective:
         asking = self._asking(batch, masking, share)
         if not asking:
             return batch.codes
-        rows = on_device(asking, batch.codes.device)
+        rows = to_device(torch.tensor(asking), batch.codes.device)
         u = None
         if self.cfg.ti_mix.draw == "sample":
             shape = (self.cfg.model.tokens, self.prior.config.splits)

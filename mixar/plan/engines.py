@@ -133,7 +133,7 @@ class Layout:
             flops: FLOP executed per image.
         """
         peak = card.bf16 if self.cfg.train.precision == "bf16" else card.fp32
-        work = self.passes * self.micro * flops / (peak * UTILISATION[self.cfg.engine.compile])
+        work = self.passes * self.micro * flops / (peak * UTILISATION[self.cfg.engine.compile is not False])
         talk = moved["within"] / (card.nvlink * LINK) + moved["across"] / (card.network * LINK)
         return work + talk - min(OVERLAP * talk, work)
 

@@ -62,7 +62,7 @@ class MixARPipeline:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.precision = precision or fast_precision(self.device)
         self.settings = settings
-        self.norm = norm
+        self.norm = norm.to(self.device)
         self.model = model.to(self.device).eval()
         self.vae = vae.to(self.device)
         self.prior = None if prior is None else prior.to(self.device)

@@ -1,5 +1,6 @@
 """One function for every attention kernel: what each is called with, and what it refuses before anything runs."""
 
+import itertools
 import sys
 import types
 
@@ -9,11 +10,18 @@ import torch.nn.functional as F
 
 from mixar.config import ATTENTIONS, load_config
 from mixar.errors import UserError
-from mixar.model.attention import KERNELS, attend, prepare_attention
+from mixar.model import attention
+from mixar.model.attention import KERNELS, Lengths, pack, prepare_attention
 
 LENGTHS, MEMORY = (3, 5, 5, 1), (4, 4, 2, 2)
 KEYS = torch.arange(sum(LENGTHS)) * 7919
 HOPPER, AMPERE = (9, 0), (8, 0)
+
+
+def attend(q, k, v, lengths, memory, *rest):
+    """`attention.attend` of images with these token counts on a CPU."""
+    pairs = (pack(counts, "auto", q.device, max(counts)) for counts in (lengths, memory))
+    return attention.attend(q, k, v, *pairs, *rest)
 
 
 def packed(heads: int = 2, width: int = 8) -> list[torch.Tensor]:
@@ -52,7 +60,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **content: object) -> N
 @pytest.mark.parametrize("kernel", ["auto", "math"])
 def test_packed_images_attend_to_themselves(kernel: str) -> None:
     q, k, v = packed()
-    torch.testing.assert_close(attend(q, k, v, LENGTHS, MEMORY, 0.5, kernel, None), one_by_one(q, k, v))
+    torch.testing.assert_close(attend(q, k, v, LENGTHS, MEMORY, 0.0, kernel, None), one_by_one(q, k, v))
 
 
 @pytest.mark.parametrize("kernel", [name for name, needs in KERNELS.items() if needs.backend is not None])
@@ -70,7 +78,7 @@ def test_torch_is_asked_for_the_kernel_that_was_named(monkeypatch: pytest.Monkey
     attend(*packed(), LENGTHS, MEMORY, 0.25, kernel, None)
     backend = "flash" if kernel in ("fa3", "fa4") else kernel
     shapes = [((1, 2, 3, 8), (1, 2, 4, 8)), ((1, 2, 5, 8), (1, 2, 4, 8)), ((1, 2, 5, 8), (1, 2, 2, 8))]
-    assert called[:3] == [(torch.Size(q), torch.Size(k), 0.0, [backend]) for q, k in shapes]
+    assert called[:3] == [(torch.Size(q), torch.Size(k), 0.25, [backend]) for q, k in shapes]
     assert len(called) == 4 and torch.backends.cuda.math_sdp_enabled()
 
 
@@ -80,6 +88,11 @@ def test_equal_lengths_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(16, 2, 8)
     attend(x, x, x, (3, 5, 5, 3), (3, 5, 5, 3), 0.0, "auto", None)
     assert shapes == [(1, 2, 3, 8), (2, 2, 5, 8), (1, 2, 3, 8)]
+
+
+def by_offsets(counts: tuple[int, ...]) -> Lengths:
+    offsets = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)
+    return Lengths(None, offsets, max(counts) + 1)
 
 
 def test_fa2_takes_images_of_all_lengths_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,17 +105,29 @@ def test_fa2_takes_images_of_all_lengths_in_one_call(monkeypatch: pytest.MonkeyP
 
     stand_in(monkeypatch, "flash_attn", flash_attn_varlen_func=flash_attn_varlen_func)
     q, k, v = packed()
-    found = attend(q, k, v, LENGTHS, MEMORY, 0.1, "fa2", KEYS)
-    attend(q, k, v, LENGTHS, MEMORY, 0.1, "fa2", None)
-    assert calls == [([0, 3, 8, 13, 14], [0, 4, 8, 10, 12], 5, 4, dropout) for dropout in (0.1, 0.0)]
+    found = attention.attend(q, k, v, by_offsets(LENGTHS), by_offsets(MEMORY), 0.1, "fa2", None)
+    assert calls == [([0, 3, 8, 13, 14], [0, 4, 8, 10, 12], 6, 5, 0.1)]
     torch.testing.assert_close(found, attend(q, k, v, LENGTHS, MEMORY, 0.0, "auto", None))
+
+
+def test_a_card_takes_offsets_where_its_kernel_can() -> None:
+    for kernel in KERNELS:
+        assert pack((3, 5), kernel, torch.device("cpu"), 5) == Lengths((3, 5), None, 5)
+    for kernel in ("math", "cudnn"):
+        assert pack((3, 5), kernel, torch.device("cuda"), 5) == Lengths((3, 5), None, 5)
+
+
+def test_further_images_attend_to_the_last_row() -> None:
+    merged = Lengths((3, 5, 2, 1), None, 5).merged(2)
+    assert merged.counts == (3, 8)
+    assert by_offsets((3, 5, 2, 1)).merged(2).offsets.tolist() == [0, 3, 11]
 
 
 @pytest.mark.parametrize("kernel", ["auto", "math"])
 def test_compiles_to_one_graph(kernel: str) -> None:
     compiled = torch.compile(attend, fullgraph=True, backend="eager")
-    for keys in (None, KEYS):
-        given = (*packed(), LENGTHS, MEMORY, 0.5, kernel, keys)
+    for dropout, keys in ((0.0, None), (0.5, KEYS)):
+        given = (*packed(), LENGTHS, MEMORY, dropout, kernel, keys)
         torch.testing.assert_close(compiled(*given), attend(*given))
 
 

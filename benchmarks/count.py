@@ -1,0 +1,383 @@
+"""`python benchmarks/count.py CONFIG [key=value ...]`: what a training step costs on a GPU, counted without one.
+
+One micro-batch of the objective's real loss, forward and backward, and the optimizer's step run at full size on fake
+CUDA tensors: shapes, types and dispatch are those of a GPU, and nothing is computed. Each ATen operator that is not a
+view counts as one kernel, which reads its inputs and writes its outputs; an operator over a list of tensors counts as
+one, too. A queue model turns the kernels into time: the host launches them one after the other, and the GPU runs them.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from mixar.cards import CARDS
+from mixar.codecs import LatentNorm
+from mixar.config import Config, load_config
+from mixar.data.batch import Batch
+from mixar.dist import Place
+from mixar.engine import build_engine
+from mixar.mixing import masked_counts
+from mixar.model import MixAR
+from mixar.objectives import MixARObjective
+from mixar.plan.work import Tokens, training_flops
+
+ROOT = Path(__file__).parents[1]
+aten = torch.ops.aten
+_ATTENTION = {
+    "_flash_attention_forward", "_flash_attention_backward", "_efficient_attention_forward",
+    "_efficient_attention_backward", "scaled_dot_product_attention", "scaled_dot_product_attention_backward",
+}  # fmt: skip
+_WITHOUT_KERNEL = {
+    aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.new_empty.default,
+    aten.new_empty_strided.default, aten.detach.default, aten.lift_fresh.default, torch.ops.prim.device.default,
+}  # fmt: skip
+
+CARD = torch.device("cuda", 0)
+PARTS = ("random", "dropout", "attention", "backbone", "head", "loss", "optimizer", "other")
+
+# the queue model, of an H100
+LAUNCH = 5e-6  # seconds of the host per kernel
+LEAST = 2.2e-6  # seconds of the GPU per kernel
+MEMORY = 2.85e12  # bytes/s, 85 % of the nominal
+LARGE, SMALL, EDGE = 620e12, 450e12, 1e10  # FLOP/s of bf16 products of at least EDGE FLOP, and of smaller ones
+FLOAT32 = 45e12  # FLOP/s of float32 products
+ATTENTION = 350e12  # FLOP/s of attention
+ASSUMPTIONS = [
+    f"the host launches a kernel in {1e6 * LAUNCH:g} µs and never waits, but for what is listed as blocking",
+    f"a kernel takes at least {1e6 * LEAST:g} µs; else its bytes at {MEMORY / 1e12:g} TB/s, each tensor read or "
+    "written once",
+    f"products in bf16 run at {LARGE / 1e12:.0f} TFLOP/s, those below {EDGE / 1e9:.0f} GFLOP at {SMALL / 1e12:.0f}, in "
+    f"float32 at {FLOAT32 / 1e12:.0f}; attention at {ATTENTION / 1e12:.0f}",
+    "an operator that is not a view is one kernel, also where it is several, such as a sort, or runs over a list",
+]
+
+
+@dataclass
+class Kernel:
+    """An operator that a GPU would run; `seconds` are the GPU's, without the launch."""
+
+    name: str
+    part: str
+    backward: bool
+    moved: int  # bytes read and written
+    flops: float  # of products, whose bytes count in their time only
+    seconds: float
+
+
+class Trace(TorchDispatchMode):
+    """Runs operators of the host as they are, and those of the card on fake tensors, of which it keeps a list.
+
+    Attributes:
+        kernels: in the order of their launches.
+        blocking: file and line of each place where the host waits for the device, or the device for the host's memory.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.kernels: list[Kernel] = []
+        self.blocking: list[str] = []
+        self.made_by: dict[int, str] = {}  # autograd's sequence number to the part that made the node
+        self.backward_part: str | None = None
+        self.pinned: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        asked = kwargs.get("device")
+        if func is aten._pin_memory.default or func is aten.is_pinned.default:
+            return True if func is aten.is_pinned.default else args[0]
+        if not any(x.is_cuda for x in inputs) and (asked is None or torch.device(asked).type != "cuda"):
+            return func(*args, **kwargs)
+        if func is aten._local_scalar_dense.default or (func is aten._to_copy.default and asked is not None):
+            self._crossing(func, inputs[0], kwargs)
+        if func is aten._local_scalar_dense.default:
+            return 1.0 if inputs[0].dtype.is_floating_point else 1
+        self._index_on_host(func, args)
+        with self.fake:
+            args, kwargs = tree_map_only(Tensor, self._faked, (args, kwargs))
+            out = func(*args, **kwargs)
+        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        self._record(func, inputs, outputs, args)
+        return out
+
+    def _faked(self, tensor: Tensor) -> Tensor:
+        return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor)
+
+    def _crossing(self, func: Any, source: Tensor, kwargs: dict[str, Any]) -> None:
+        """Note a copy between host and device that waits: memory of the host that is not pinned, or a value read."""
+        to = kwargs.get("device")
+        same = to is not None and torch.device(to).type == source.device.type
+        if not same and not kwargs.get("non_blocking", False):
+            self.blocking.append(f"{_place()} {func}")
+
+    def _index_on_host(self, func: Any, args: Any) -> None:
+        """Note indices that lie on the host, and booleans, whose number of elements the host must know."""
+        if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten.nonzero.default):
+            indices = [x for x in tree_leaves(args[1:]) if isinstance(x, Tensor)]
+            if func is aten.nonzero.default or any(not x.is_cuda or x.dtype == torch.bool for x in indices):
+                self.blocking.append(f"{_place()} {func}")
+
+    def _record(self, func: Any, inputs: list[Tensor], outputs: list[Tensor], args: Any) -> None:
+        part = self.backward_part or _part(func)
+        if self.backward_part is None:
+            self.made_by.setdefault(torch._C._autograd._get_sequence_nr(), part)  # the first operator after its node
+        if func in _WITHOUT_KERNEL or _is_view(func) or not (outputs or func._schema.is_mutable):
+            return
+        written = outputs or inputs[:1]
+        moved = sum(map(_bytes, {id(x): x for x in inputs}.values())) + sum(map(_bytes, written))
+        flops = _product_flops(func, args)
+        if _name(func) in _ATTENTION:
+            part = "attention"
+        elif "dropout" in _name(func) and part != "random":
+            part = "dropout"
+        rate = FLOAT32 if written[0].dtype == torch.float32 else LARGE if flops >= EDGE else SMALL
+        seconds = max(LEAST, moved / MEMORY, flops / rate)
+        self.kernels.append(Kernel(_name(func), part, self.backward_part is not None, moved, flops, seconds))
+
+    @contextmanager
+    def backward(self, node: Any) -> Iterator[None]:
+        """Count what runs inside as the backward pass of an autograd node."""
+        before, number = self.backward_part, node._sequence_nr() + 1
+        self.backward_part = self.made_by.get(number, self.made_by.get(number - 1, "other"))
+        try:
+            yield
+        finally:
+            self.backward_part = before
+
+
+def _name(func: Any) -> str:
+    return str(func).removeprefix("aten.").rpartition(".")[0]
+
+
+def _is_view(func: Any) -> bool:
+    return bool(func.is_view) or func._schema.name == "aten::_unsafe_view"
+
+
+def _bytes(x: Tensor) -> int:
+    """Bytes of the elements; those that an expanded tensor repeats count once."""
+    elements = 1
+    for size, stride in zip(x.shape, x.stride()):
+        elements *= 1 if stride == 0 else size
+    return elements * x.element_size()
+
+
+def _product_flops(func: Any, args: Any) -> float:
+    """FLOP of a matrix product, 0 for other operators."""
+    first = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}.get(_name(func))
+    if first is None:
+        return 0.0
+    left, right = args[first], args[first + 1]
+    return 2.0 * left.numel() * right.shape[-1]
+
+
+_FILES = {
+    "rng.py": "random", "ops/random.py": "random", "model/dropout.py": "dropout", "model/attention.py": "backbone",
+    "model/blocks.py": "backbone", "model/guidance.py": "backbone", "model/head.py": "head", "model/process.py": "loss",
+    "model/diffusion.py": "loss", "model/flow.py": "loss", "model/mixar.py": "backbone",
+    "engine/native.py": "optimizer",
+    "engine/base.py": "optimizer", "engine/optim.py": "optimizer",
+}  # fmt: skip
+
+
+def _frames() -> Iterator[tuple[str, FrameType]]:
+    """The frames of mixar's own code, innermost first, each with its file's path inside the package."""
+    frame: FrameType | None = sys._getframe(1)
+    package = str(ROOT / "mixar") + "/"
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.startswith(package):
+            yield file.removeprefix(package), frame
+        frame = frame.f_back
+
+
+def _part(func: Any) -> str:
+    return next((_FILES[file] for file, _ in _frames() if file in _FILES), "other")
+
+
+def _place() -> str:
+    file, frame = next(_frames(), ("?", sys._getframe()))
+    return f"mixar/{file}:{frame.f_lineno}"
+
+
+@torch.no_grad()
+def backward(trace: Trace, loss: Tensor) -> None:
+    """`loss.backward()` node by node: autograd's own engine asks a driver for the streams of a card."""
+    root = loss.grad_fn
+    uses: Counter[Any] = Counter()
+    seen, stack = {root}, [root]
+    while stack:
+        for node, _ in stack.pop().next_functions:
+            if node is not None:
+                uses[node] += 1
+                if node not in seen:
+                    seen.add(node)
+                    stack.append(node)
+    grads: dict[Any, dict[int, Tensor]] = defaultdict(dict)
+    grads[root][0] = torch.ones_like(loss)
+    ready = [root]
+    while ready:
+        node = ready.pop()
+        given = grads.pop(node, {})
+        with trace.backward(node):
+            outs = _apply(node, given)
+            for (after, slot), grad in zip(node.next_functions, outs):
+                if after is None:
+                    continue
+                if grad is not None:
+                    grad = _fitting(grad, after, slot)
+                    held = grads[after]
+                    held[slot] = held[slot] + grad if slot in held else grad
+                uses[after] -= 1
+                if uses[after] == 0:
+                    ready.append(after)
+
+
+def _apply(node: Any, given: dict[int, Tensor]) -> tuple[Tensor | None, ...]:
+    if hasattr(node, "variable"):  # where a gradient ends
+        if given:
+            leaf = node.variable
+            leaf.grad = given[0] if leaf.grad is None else leaf.grad + given[0]
+        return ()
+    inputs = [given.get(i) for i in range(len(node._input_metadata))]
+    run = node.apply if isinstance(node, torch.autograd.function.BackwardCFunction) else node
+    outs = run(*inputs)
+    return outs if isinstance(outs, tuple) else (outs,)
+
+
+def _fitting(grad: Tensor, node: Any, slot: int) -> Tensor:
+    """A gradient in the shape and type of what it belongs to, as autograd's engine makes it."""
+    wanted = node._input_metadata[slot]
+    if grad.shape != torch.Size(wanted.shape):
+        grad = grad.sum_to_size(wanted.shape)
+    return grad if grad.dtype == wanted.dtype else grad.to(wanted.dtype)
+
+
+class Fixed:
+    """An objective as an engine's task, with weights that nobody computes."""
+
+    def __init__(self, objective: MixARObjective) -> None:
+        self.objective, self.build, self.decays = objective, objective.build, objective.decays
+
+    def initial(self, name: str, like: Tensor) -> Tensor:
+        return torch.empty(like.shape, device=CARD)
+
+    def loss(self, model: nn.Module, batch: Batch, epoch: float) -> Any:
+        return self.objective.loss(model, batch, epoch)
+
+
+def batch_of(cfg: Config, images: int, first: int = 0) -> Batch:
+    """A micro-batch on the card, with indices from `first` on."""
+    host, model = list(range(first, first + images)), cfg.model
+    side = model.grid * model.patch
+    return Batch(
+        index=torch.empty(images, dtype=torch.int64, device=CARD), host_index=host, keys=[str(i) for i in host],
+        labels=torch.empty(images, dtype=torch.int64, device=CARD),
+        moments=torch.empty(images, 2 * model.latent_channels, side, side, dtype=torch.float16, device=CARD),
+        codes=torch.empty(images, model.tokens, dtype=torch.int64, device=CARD),
+    )  # fmt: skip
+
+
+def trace_step(cfg: Config, images: int) -> Trace:
+    """One micro-batch of `images`, forward and backward, and the optimizer's step."""
+    trace = Trace()
+    norm = LatentNorm(torch.zeros(cfg.model.latent_channels), torch.ones(cfg.model.latent_channels))
+    lists = mock.patch.object(
+        torch.utils._foreach_utils, "_foreach_supported_types", [Tensor, nn.Parameter, FakeTensor]
+    )
+    without_driver = mock.patch.object(torch.cuda, "_lazy_init", lambda: None)
+    with trace, lists, without_driver, mock.patch.object(Tensor, "backward", lambda loss: backward(trace, loss)):
+        objective = MixARObjective(cfg, norm, CARD)
+        engine = build_engine(cfg, Fixed(objective), Place(0, 1, CARD))
+        with autocast(cfg.train.precision):
+            engine.step([batch_of(cfg, images)], 0.0)  # fills what is kept from step to step
+            trace.kernels.clear(), trace.blocking.clear()
+            engine.step([batch_of(cfg, images, images)], 0.0)
+    return trace
+
+
+@contextmanager
+def autocast(precision: str) -> Iterator[None]:
+    """CUDA's autocast, which torch would switch off without a card."""
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.set_autocast_enabled("cuda", precision == "bf16")
+    with mock.patch.object(Place, "autocast", lambda self, precision: contextmanager(lambda: (yield))()):
+        yield
+    torch.set_autocast_enabled("cuda", False)
+
+
+def report(cfg: Config, images: int, trace: Trace) -> dict[str, Any]:
+    """The counts as plain values."""
+    step = [kernel for kernel in trace.kernels if kernel.part == "optimizer"]
+    passes = [kernel for kernel in trace.kernels if kernel.part != "optimizer"]
+    by_part = Counter(kernel.part for kernel in passes)
+    with torch.device("meta"):
+        model = MixAR(cfg.model)
+    counts = masked_counts(cfg.mask, cfg.model.tokens, cfg.seed, range(images), images)
+    tokens = Tokens.of(cfg.model, [cfg.model.tokens - count for count in counts], images)
+    flops = images * sum(training_flops(model, tokens).values())
+    attention = flops_of_attention(model, tokens) * images
+    host = LAUNCH * len(passes)
+    device = sum(kernel.seconds for kernel in passes) + attention / ATTENTION
+    seconds = max(host, device)
+    return {
+        "images": images,
+        "kernels": {"total": len(passes)} | {part: by_part[part] for part in PARTS if part != "optimizer"},
+        "attention_calls": {
+            name: sum(kernel.part == "attention" and kernel.backward is back for kernel in passes)
+            for name, back in (("forward", False), ("backward", True))
+        },
+        "bytes_other": sum(k.moved for k in passes if not k.flops and k.part != "attention"),
+        "flops": flops,
+        "blocking": sorted(set(trace.blocking)),
+        "milliseconds": {"host": 1e3 * host, "device": 1e3 * device},
+        "mfu": flops / seconds / CARDS["h100"].bf16,
+        "optimizer": {"kernels": len(step), "bytes": sum(k.moved for k in step)},
+    }
+
+
+def flops_of_attention(model: MixAR, tokens: Tokens) -> float:
+    """FLOP per image of the attention itself, forward and backward; see `training_flops`."""
+    cfg = model.config
+    queries = (cfg.decoder_depth - 1) * tokens.decoder + tokens.masked
+    pairs = cfg.encoder_depth * cfg.encoder_width * tokens.pairs + cfg.decoder_width * queries * tokens.decoder
+    return 12 * pairs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--images", type=int, help="per micro-batch; the config's train.micro_batch if left out")
+    parser.add_argument("--top", type=int, default=0, help="also list the operators that take the longest")
+    parser.add_argument("--json", action="store_true", help="print plain values")
+    args = parser.parse_args()
+    cfg = load_config(args.config, args.overrides)
+    images = args.images or cfg.train.micro_batch or 64
+    trace = trace_step(cfg, images)
+    found = report(cfg, images, trace)
+    print(json.dumps(found, indent=2))
+    groups: dict[tuple[str, str], list[Kernel]] = defaultdict(list)
+    for kernel in trace.kernels:
+        groups[kernel.part, kernel.name].append(kernel)
+    for (part, name), ks in sorted(groups.items(), key=lambda i: -sum(k.seconds for k in i[1]))[: args.top]:
+        busy, moved = 1e3 * sum(k.seconds for k in ks), sum(k.moved for k in ks) / 1e9
+        print(f"{part:10} {name:40} {len(ks):6} {busy:9.2f} ms {moved:8.2f} GB")
+
+
+if __name__ == "__main__":
+    main()
