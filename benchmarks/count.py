@@ -7,21 +7,29 @@ one, too. A queue model turns the kernels into time: the host launches them one 
 """
 
 import argparse
+import copy
 import json
+import math
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.device_interface import CudaInterface
+from torch._inductor import compile_fx
+from torch._inductor.debug import DebugContext
+from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.autograd.graph import get_gradient_edge
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mixar.cards import CARDS
@@ -133,7 +141,7 @@ class Trace(TorchDispatchMode):
                 self.blocking.append(f"{_place()} {func}")
 
     def _record(self, func: Any, inputs: list[Tensor], outputs: list[Tensor], args: Any) -> None:
-        part = self.backward_part or _part(func)
+        part = self.backward_part or _part()
         if self.backward_part is None:
             self.made_by.setdefault(torch._C._autograd._get_sequence_nr(), part)  # the first operator after its node
         if func in _WITHOUT_KERNEL or _is_view(func) or not (outputs or func._schema.is_mutable):
@@ -145,9 +153,14 @@ class Trace(TorchDispatchMode):
             part = "attention"
         elif "dropout" in _name(func) and part != "random":
             part = "dropout"
-        rate = FLOAT32 if written[0].dtype == torch.float32 else LARGE if flops >= EDGE else SMALL
-        seconds = max(LEAST, moved / MEMORY, flops / rate)
+        seconds = _seconds(moved, flops, written[0].dtype)
         self.kernels.append(Kernel(_name(func), part, self.backward_part is not None, moved, flops, seconds))
+
+    def launch(self, kernels: Sequence[Kernel]) -> None:
+        """Count the kernels of a compiled graph."""
+        part = self.backward_part or _part()
+        back = self.backward_part is not None
+        self.kernels += [replace(k, part=k.part or part, backward=back) for k in kernels]
 
     @contextmanager
     def backward(self, node: Any) -> Iterator[None]:
@@ -158,6 +171,12 @@ class Trace(TorchDispatchMode):
             yield
         finally:
             self.backward_part = before
+
+
+def _seconds(moved: int, flops: float, dtype: torch.dtype | None) -> float:
+    """Of the GPU: a product's operations, or the bytes."""
+    rate = FLOAT32 if dtype == torch.float32 else LARGE if flops >= EDGE else SMALL
+    return max(LEAST, moved / MEMORY, flops / rate)
 
 
 def _name(func: Any) -> str:
@@ -205,7 +224,7 @@ def _frames() -> Iterator[tuple[str, FrameType]]:
         frame = frame.f_back
 
 
-def _part(func: Any) -> str:
+def _part() -> str:
     return next((_FILES[file] for file, _ in _frames() if file in _FILES), "other")
 
 
@@ -214,37 +233,55 @@ def _place() -> str:
     return f"mixar/{file}:{frame.f_lineno}"
 
 
-@torch.no_grad()
-def backward(trace: Trace, loss: Tensor) -> None:
-    """`loss.backward()` node by node: autograd's own engine asks a driver for the streams of a card."""
-    root = loss.grad_fn
-    uses: Counter[Any] = Counter()
-    seen, stack = {root}, [root]
-    while stack:
-        for node, _ in stack.pop().next_functions:
-            if node is not None:
-                uses[node] += 1
-                if node not in seen:
-                    seen.add(node)
-                    stack.append(node)
+def run_backward(
+    trace: Trace, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None], keep_graph: bool, create_graph: bool,
+    inputs: Sequence[Tensor] = (), *flags: bool, **options: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Autograd node by node, in place of its own engine, which asks a driver for the streams of a card."""
+    edges = [get_gradient_edge(x) for x in inputs]
+    wanted = {edge.node for edge in edges}
+    found: dict[tuple[Any, int], Tensor] = {}
     grads: dict[Any, dict[int, Tensor]] = defaultdict(dict)
-    grads[root][0] = torch.ones_like(loss)
-    ready = [root]
-    while ready:
-        node = ready.pop()
-        given = grads.pop(node, {})
-        with trace.backward(node):
-            outs = _apply(node, given)
-            for (after, slot), grad in zip(node.next_functions, outs):
-                if after is None:
-                    continue
-                if grad is not None:
-                    grad = _fitting(grad, after, slot)
-                    held = grads[after]
-                    held[slot] = held[slot] + grad if slot in held else grad
+    roots = []
+    for output, grad in zip(outputs, gradients):
+        edge = get_gradient_edge(output)
+        roots.append(edge.node)
+        grads[edge.node][edge.output_nr] = torch.ones_like(output) if grad is None else grad
+    uses = _uses(roots, wanted)
+    ready = [node for node in dict.fromkeys(roots) if uses[node] == 0]
+    with torch.no_grad():
+        while ready:
+            node = ready.pop()
+            given = grads.pop(node, {})
+            if node in wanted:  # no input was made of another one
+                found |= {(node, slot): grad for slot, grad in given.items()}
+                continue
+            with trace.backward(node):
+                outs = _apply(node, given)
+                for (after, slot), grad in zip(node.next_functions, outs):
+                    if after is not None and grad is not None:
+                        grad, held = _fitting(grad, after, slot), grads[after]
+                        held[slot] = held[slot] + grad if slot in held else grad
+            for after, _ in node.next_functions:
                 uses[after] -= 1
-                if uses[after] == 0:
+                if after is not None and uses[after] == 0:
                     ready.append(after)
+    return tuple(found.get((edge.node, edge.output_nr)) for edge in edges)
+
+
+def _uses(roots: list[Any], ends: set[Any]) -> Counter[Any]:
+    """How many nodes hand a gradient to each node, up to those at the `ends`."""
+    uses: Counter[Any] = Counter()
+    seen, stack = set(roots), list(dict.fromkeys(roots))
+    while stack:
+        node = stack.pop()
+        for after, _ in node.next_functions if node not in ends else ():
+            if after is not None:
+                uses[after] += 1
+                if after not in seen:
+                    seen.add(after)
+                    stack.append(after)
+    return uses
 
 
 def _apply(node: Any, given: dict[int, Tensor]) -> tuple[Tensor | None, ...]:
@@ -265,6 +302,127 @@ def _fitting(grad: Tensor, node: Any, slot: int) -> Tensor:
     if grad.shape != torch.Size(wanted.shape):
         grad = grad.sum_to_size(wanted.shape)
     return grad if grad.dtype == wanted.dtype else grad.to(wanted.dtype)
+
+
+class Scheduled(Exception):
+    """Ends a compilation where inductor has decided on its kernels, and would write them for a card.
+
+    Attributes:
+        kernels: without the part of the step that they belong to.
+    """
+
+    def __init__(self, graph: GraphLowering) -> None:
+        graph.init_wrapper_code()
+        graph._update_scheduler()
+        self.kernels = [kernel for node in graph.scheduler.nodes if (kernel := _scheduled(node)) is not None]
+
+
+def _scheduled(node: Any) -> Kernel | None:
+    """The kernel of a node of inductor's schedule; None for a name of another one's output."""
+    moved, extern = node.get_read_write_buffers_sizes(), getattr(node, "node", None)
+    if moved == 0:
+        return None
+    name = str(getattr(extern, "op_overload", None) or "fused").removeprefix("aten.").partition(".")[0]
+    flops, dtype = 0.0, None
+    if name in ("mm", "bmm", "addmm", "baddbmm"):
+        assert extern is not None
+        left, right = ([int(size) for size in x.get_size()] for x in extern.inputs[-2:])
+        flops, dtype = 2.0 * math.prod(left) * right[-1], extern.get_dtype()
+    part = "attention" if name in _ATTENTION else "random" if "rand" in name else ""
+    return Kernel(name, part, False, moved, flops, _seconds(moved, flops, dtype))
+
+
+class Graphs:
+    """The graphs that torch.compile made of the blocks, up to inductor's schedule for an H100.
+
+    Attributes:
+        forward, backward: numbers of graphs.
+        dynamic: number of graphs with a size that is a symbol.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self.forward = self.backward = self.dynamic = 0
+        self._compile = torch.compile
+        # one for all blocks, else each would have a graph of its own
+        self._backend = lambda module, inputs: compile_fx.compile_fx(module, inputs, inner_compile=self.inner)
+
+    def compile(self, function: Any, **options: Any) -> Any:
+        """In place of torch.compile."""
+        compiled = self._compile(function, backend=self._backend, **options)
+
+        def run(*args: Any) -> Any:
+            first = torch._C._autograd._get_sequence_nr()
+            with _disable_current_modes(), self.trace.fake:
+                out = compiled(*args)
+            made = range(first + 1, torch._C._autograd._get_sequence_nr() + 1)
+            self.trace.made_by |= dict.fromkeys(made, _part())
+            return out
+
+        return run
+
+    def inner(self, module: Any, inputs: Any, **options: Any) -> Any:
+        """In place of inductor's compilation of one graph: it counts its kernels whenever the graph runs."""
+        plain = copy.deepcopy(module)
+        back = bool(options.get("is_backward"))
+        self.backward += back
+        self.forward += not back
+        self.dynamic += any(isinstance(x, torch.SymInt) for x in inputs)
+        kernels = None
+        try:
+            with _disable_current_modes(), DebugContext():
+                compile_fx._InProcessFxCompile().codegen_and_compile(module, inputs, [], options)
+        except Scheduled as end:
+            kernels = end.kernels
+        assert kernels is not None, "inductor did not come to its schedule"
+
+        def run(args: list[Any]) -> Any:
+            self.trace.launch(kernels)
+            given = list(args)
+            args.clear()
+            with _disable_current_modes(), self.trace.fake:
+                return plain(*given)
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+
+H100 = SimpleNamespace(
+    name="NVIDIA H100", major=9, minor=0, multi_processor_count=132, warp_size=32, total_memory=80 << 30,
+    regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, max_threads_per_block=1024,
+    shared_memory_per_block=49152, shared_memory_per_block_optin=232448,
+)  # fmt: skip
+
+
+@contextmanager
+def without_a_card(trace: Trace) -> Iterator[Graphs]:
+    """Let torch, dynamo and inductor work for an H100 that is not there."""
+    graphs = Graphs(trace)
+
+    def end(graph: GraphLowering) -> None:
+        raise Scheduled(graph)
+
+    answers: list[tuple[Any, str, Any]] = [
+        (torch.cuda, "_lazy_init", lambda: None),
+        (torch.cuda, "get_device_properties", lambda *device: H100),
+        (torch.cuda, "get_device_capability", lambda *device: (H100.major, H100.minor)),
+        (CudaInterface, "get_device_properties", staticmethod(lambda *device: H100)),
+        (CudaInterface, "get_compute_capability", staticmethod(lambda *device: 10 * H100.major)),
+        (CudaInterface.Worker, "get_device_properties", staticmethod(lambda *device: H100)),
+        (torch._inductor.scheduler, "has_triton", lambda: True),
+        (compile_fx, "_check_triton_bf16_support", lambda graph: None),
+        (GraphLowering, "compile_to_module", end),
+        (torch, "compile", graphs.compile),
+        (torch.autograd, "_engine_run_backward", partial(run_backward, trace)),
+        (torch.utils._foreach_utils, "_foreach_supported_types", [Tensor, nn.Parameter, FakeTensor]),
+        (Place, "autocast", lambda place, precision: nullcontext()),  # set below: torch would refuse it without a card
+    ]
+    settings = {"force_disable_caches": True, "joint_graph_constant_folding": False}
+    with ExitStack() as stack:
+        for owner, name, answer in answers:
+            stack.enter_context(mock.patch.object(owner, name, answer))
+        stack.enter_context(torch._inductor.config.patch(settings))
+        yield graphs
 
 
 class Fixed:
@@ -292,35 +450,30 @@ def batch_of(cfg: Config, images: int, first: int = 0) -> Batch:
     )  # fmt: skip
 
 
-def trace_step(cfg: Config, images: int) -> Trace:
-    """One micro-batch of `images`, forward and backward, and the optimizer's step."""
+def trace_step(cfg: Config, images: int, steps: int = 2) -> tuple[Trace, Graphs, int]:
+    """The last of `steps` steps of one micro-batch of `images` each, forward and backward, and the optimizer's step.
+
+    The first one fills what is kept from step to step.
+
+    Returns:
+        the kernels, the compiled graphs, and how many of these were made after the first step.
+    """
     trace = Trace()
     norm = LatentNorm(torch.zeros(cfg.model.latent_channels), torch.ones(cfg.model.latent_channels))
-    lists = mock.patch.object(
-        torch.utils._foreach_utils, "_foreach_supported_types", [Tensor, nn.Parameter, FakeTensor]
-    )
-    without_driver = mock.patch.object(torch.cuda, "_lazy_init", lambda: None)
-    with trace, lists, without_driver, mock.patch.object(Tensor, "backward", lambda loss: backward(trace, loss)):
-        objective = MixARObjective(cfg, norm, CARD)
-        engine = build_engine(cfg, Fixed(objective), Place(0, 1, CARD))
-        with autocast(cfg.train.precision):
-            engine.step([batch_of(cfg, images)], 0.0)  # fills what is kept from step to step
-            trace.kernels.clear(), trace.blocking.clear()
-            engine.step([batch_of(cfg, images, images)], 0.0)
-    return trace
-
-
-@contextmanager
-def autocast(precision: str) -> Iterator[None]:
-    """CUDA's autocast, which torch would switch off without a card."""
     torch.set_autocast_dtype("cuda", torch.bfloat16)
-    torch.set_autocast_enabled("cuda", precision == "bf16")
-    with mock.patch.object(Place, "autocast", lambda self, precision: contextmanager(lambda: (yield))()):
-        yield
+    torch.set_autocast_enabled("cuda", cfg.train.precision == "bf16")
+    made = 0
+    with without_a_card(trace) as graphs, trace:
+        engine = build_engine(cfg, Fixed(MixARObjective(cfg, norm, CARD)), Place(0, 1, CARD))
+        for step in range(steps):
+            trace.kernels.clear(), trace.blocking.clear()
+            engine.step([batch_of(cfg, images, step * images)], 0.0)
+            made = made or graphs.forward
     torch.set_autocast_enabled("cuda", False)
+    return trace, graphs, graphs.forward - made
 
 
-def report(cfg: Config, images: int, trace: Trace) -> dict[str, Any]:
+def report(cfg: Config, images: int, trace: Trace, graphs: Graphs, again: int) -> dict[str, Any]:
     """The counts as plain values."""
     step = [kernel for kernel in trace.kernels if kernel.part == "optimizer"]
     passes = [kernel for kernel in trace.kernels if kernel.part != "optimizer"]
@@ -346,6 +499,7 @@ def report(cfg: Config, images: int, trace: Trace) -> dict[str, Any]:
         "blocking": sorted(set(trace.blocking)),
         "milliseconds": {"host": 1e3 * host, "device": 1e3 * device},
         "mfu": flops / seconds / CARDS["h100"].bf16,
+        "compiled": {"graphs": graphs.forward, "dynamic": graphs.dynamic, "recompiles": again},
         "optimizer": {"kernels": len(step), "bytes": sum(k.moved for k in step)},
     }
 
@@ -368,8 +522,8 @@ def main() -> None:
     args = parser.parse_args()
     cfg = load_config(args.config, args.overrides)
     images = args.images or cfg.train.micro_batch or 64
-    trace = trace_step(cfg, images)
-    found = report(cfg, images, trace)
+    trace, graphs, again = trace_step(cfg, images)
+    found = report(cfg, images, trace, graphs, again)
     print(json.dumps(found, indent=2))
     groups: dict[tuple[str, str], list[Kernel]] = defaultdict(list)
     for kernel in trace.kernels:

@@ -247,7 +247,7 @@ class Attention(nn.Module):
             lengths: tokens per image.
             keys: int64 [T] or [R], the dropout keys of the returned tokens; see `drop`.
         """
-        q, k, v = rearrange(self.qkv(x), "t (three heads d) -> three t heads d", three=3, heads=self.heads)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
         asking, dropout = lengths, self.dropout if self.training else 0.0
         if queries is not None:
             q, asking = q[queries.rows], queries.lengths

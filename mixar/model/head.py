@@ -14,7 +14,7 @@ EPS = 1e-6  # of the head's layer norms
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (1 + scale) + shift, in a form that does not keep 1 + scale for the backward pass."""
-    return torch.addcmul(x, x, scale) + shift
+    return x * scale + x + shift
 
 
 class TimestepEmbedder(nn.Module):
