@@ -11,14 +11,10 @@ from torch.utils.checkpoint import checkpoint
 from mixar.config import EngineConfig
 
 
-def blocks_of(network: nn.Module, part: str | None = None) -> list[nn.Module]:
-    """The modules that are recomputed, compiled and sharded one by one, as the network's `blocks` lists them.
-
-    Args:
-        part: `backbone` or `head`; None for both.
-    """
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """The modules that are compiled and sharded one by one, as the network's `blocks` lists them."""
     declared: Callable[[], dict[str, list[nn.Module]]] = getattr(network, "blocks", dict)
-    return [module for name, modules in declared().items() if part in (None, name) for module in modules]
+    return [module for modules in declared().values() for module in modules]
 
 
 def compiles(cfg: EngineConfig, device: torch.device) -> bool:
@@ -31,16 +27,16 @@ def prepare_blocks(network: nn.Module, cfg: EngineConfig, device: torch.device) 
 
     Only `forward` is replaced, so that parameter names do not change, and the hooks of sharding stay out of the graph.
     """
-    again = {"none": [], "backbone": ["backbone"], "head": ["head"], "all": ["backbone", "head"]}[cfg.recompute]
-    recomputed = {id(module) for part in again for module in blocks_of(network, part)}
-    for module in blocks_of(network):
-        forward = module.forward
-        if id(module) in recomputed:
-            forward = _recomputing(forward)
-        if compiles(cfg, device):
+    declared: Callable[[], dict[str, list[nn.Module]]] = getattr(network, "recomputed", dict)
+    for part, modules in declared().items():
+        for module in modules if cfg.recompute in (part, "all") else ():
+            module.forward = _recomputing(module.forward)  # type: ignore[method-assign]
+    if compiles(cfg, device):
+        options: dict[str, Any] = {"combo_kernels": True} if device.type == "cuda" else {}  # small ones in one launch
+        for module in blocks_of(network):
             # not as one graph or an error: a run whose shapes change too often goes on without compilation
-            forward = torch.compile(forward, dynamic=False)
-        module.forward = forward  # type: ignore[method-assign]
+            compiled = torch.compile(module.forward, dynamic=False, options=options)
+            module.forward = compiled  # type: ignore[method-assign]
 
 
 def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:

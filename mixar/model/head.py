@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixar.config import STEPS
-from mixar.ops import timestep_embed
+from mixar.ops import gated_add, timestep_embed
 
 EPS = 1e-6  # of the head's layer norms
 
@@ -81,7 +81,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, y: Embedded) -> Tensor:
         shift, scale, gate = self.adaLN_modulation(y)
-        return torch.addcmul(x, gate, self.mlp(modulate(self.in_ln(x), shift, scale)))
+        return gated_add(x, gate, self.mlp(modulate(self.in_ln(x), shift, scale)))
 
 
 class FinalLayer(nn.Module):

@@ -110,8 +110,12 @@ class MixAR(nn.Module):
         )
 
     def blocks(self) -> dict[str, list[nn.Module]]:
-        """The blocks that engines recompute, compile and shard one by one."""
-        return {"backbone": [*self.encoder_blocks, *self.decoder_blocks], "head": [*self.diffloss.net.res_blocks]}
+        """The modules that engines compile and shard one by one: the backbone's blocks, and the head as a whole."""
+        return {"backbone": [*self.encoder_blocks, *self.decoder_blocks], "head": [self.diffloss.net]}
+
+    def recomputed(self) -> dict[str, list[nn.Module]]:
+        """The modules that engines recompute one by one."""
+        return self.blocks() | {"head": [*self.diffloss.net.res_blocks]}
 
     @property
     def prefix(self) -> int:

@@ -3,8 +3,9 @@
 Each has a reference in plain PyTorch here, and a CPU and a CUDA kernel in csrc/ that `mixar.ops.native` loads.
 """
 
+from mixar.ops.gated_add import gated_add
 from mixar.ops.mix_gather import code_bits, mix_gather
 from mixar.ops.native import load
 from mixar.ops.timestep_embed import timestep_embed
 
-__all__ = ["code_bits", "load", "mix_gather", "timestep_embed"]
+__all__ = ["code_bits", "gated_add", "load", "mix_gather", "timestep_embed"]
