@@ -123,6 +123,9 @@ def log_start(cfg: Config, source: Source, place: dist.Place) -> None:
              place.launcher)  # fmt: skip
     log.info("batch %d = %d per pass x %d ranks x %d passes", cfg.train.batch, micro, place.world,
              cfg.train.batch // (micro * place.world))  # fmt: skip
+    if micro < (cfg.train.micro_batch or micro):
+        log.info("train.micro_batch=%d is the most per pass: %d divide the %d images of each rank",
+                 cfg.train.micro_batch, micro, cfg.train.batch // place.world)  # fmt: skip
     log.info("%s", precision_table(cfg))
     log.info("%s", render(make_plan(cfg, sum(source.shard_sizes))))
 

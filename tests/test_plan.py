@@ -352,7 +352,7 @@ def test_the_engine_of_a_run(gpus: int, overrides: list[str], chosen: tuple[str,
         (12, [], "--gpus 12 does not fill nodes of 8: write --gpus 16"),
         (0, [], "write --gpus 8"),
         (48, [], "train.batch=2048 does not divide over 48 ranks: write train.batch=2064"),
-        (128, [], "train.micro_batch=32 does not divide the 16 images of each of 128 ranks"),
+        (256, [], "does not divide the micro-batch 8 on 256 ranks: write mask.group=8, or train.batch=4096"),
         (256, ["train.micro_batch=null"], "does not divide the micro-batch 8 on 256 ranks: write mask.group=8"),
     ],
 )
@@ -360,6 +360,14 @@ def test_a_layout_that_cannot_be_is_told_with_what_to_write(gpus: int, overrides
     with pytest.raises(UserError) as error:
         make_plan(paper("mixar_h", *overrides), gpus=gpus)
     assert told in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "micro"), [("mixar_l", 64, 32), ("mixar_b", 32, 64), ("mixar_h", 128, 16), ("mixar_l", 8, 64)]
+)
+def test_more_gpus_take_smaller_micro_batches(name: str, gpus: int, micro: int) -> None:
+    plan = make_plan(paper(name), gpus=gpus)
+    assert plan["micro_batch"] == micro and gpus * micro * plan["passes"] == 2048
 
 
 def test_only_mixar_is_laid_out() -> None:

@@ -7,7 +7,7 @@ from torch import nn
 
 from mixar.cards import CARDS
 from mixar.codecs import VAE, build_tokenizer
-from mixar.config import Config
+from mixar.config import Config, images_per_pass
 from mixar.data.manifest import read_manifest
 from mixar.errors import UserError
 from mixar.model import MixAR
@@ -60,8 +60,7 @@ def make_plan(cfg: Config, images: int | None = None, gpus: int | None = None, c
             raise UserError(f"--gpus plans task=mixar only, but this config has task={cfg.task}: leave --gpus out")
         return plan
 
-    alone = cfg.train.micro_batch or cfg.train.batch
-    tokens = mean_tokens(cfg, alone if gpus is None else images_a_rank(cfg, gpus))
+    tokens = mean_tokens(cfg, images_per_pass(cfg, ranks=1) if gpus is None else images_a_rank(cfg, gpus))
     plan["guidance"] = cfg.model.guidance
     plan |= {"encoder_tokens": round(tokens.encoder, 1), "decoder_tokens": tokens.decoder}
     plan["flops"] = training_flops(model, tokens)
