@@ -22,7 +22,7 @@ from mixar.config import (
     to_dict,
 )
 from mixar.dist import fast_precision
-from mixar.errors import UserError
+from mixar.errors import UserError, not_finite
 from mixar.files import creating_folder
 from mixar.model import MixAR, process_of, unpatchify
 from mixar.prior import Prior, keyed_draws, load_prior, sample_codes
@@ -33,6 +33,7 @@ from mixar.weights import (
     find_export,
     is_export,
     loaded,
+    not_finite_in,
     read_export,
     write_network,
 )
@@ -111,7 +112,7 @@ class MixARPipeline:
             compile,
         )
         for name, network in pipeline.networks.items():
-            if not all(value.isfinite().all() for value in network.state_dict().values()):
+            if not_finite_in(network.state_dict()):
                 raise UserError(
                     f"the weights of the {name} in {folder} are not finite: its training went wrong; export an earlier "
                     "checkpoint, or train it again with a lower optim.lr"
@@ -218,7 +219,8 @@ class MixARPipeline:
         assert self.tokenizer is not None, "decoding discrete tokens needs the tokenizer"
         images = [self.tokenizer.decode(codes[b].to(self.device)) for b in self._batches(len(codes))]
         for decoded in images:
-            _require_finite(tokenizer=decoded)
+            if not decoded.isfinite().all():
+                raise not_finite("tokenizer")
         return to_bytes(torch.cat(images)).cpu()
 
     def checked(self, labels: Tensor | Sequence[int], seeds: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -265,7 +267,9 @@ class MixARPipeline:
     def _decode(self, tokens: Tensor) -> Tensor:
         latents = self.norm.denormalise(unpatchify(tokens, self.model.config.patch))
         images = self.vae.decode(latents)
-        _require_finite(model=tokens, vae=images)
+        for network, output in (("model", tokens), ("vae", images)):
+            if not output.isfinite().all():
+                raise not_finite(network)
         return to_bytes(images).cpu()
 
 
@@ -284,13 +288,3 @@ def _check_geometry(model: MixAR, vae: VAE, prior: Prior | None, tokenizer: Toke
     for network, what, found, wanted in pairs:
         if found != wanted:
             raise UserError(f"the {network} has {found} {what}, the model {wanted}: name the one it was trained with")
-
-
-def _require_finite(**outputs: Tensor) -> None:
-    """UserError that names the first network whose output is not finite: as pixels, it would be black images."""
-    for name, output in outputs.items():
-        if not output.isfinite().all():
-            raise UserError(
-                f"the {name} gave values that are not finite: see that its weights are, then try precision fp32, or "
-                "a lower cfg_scale or temperature"
-            )

@@ -154,6 +154,10 @@ def test_black_images_of_nothing_finite_are_refused(make_pipeline):
     pipeline.tokenizer.decoder.conv_out.bias.data[1] = float("inf")
     with pytest.raises(UserError, match="the tokenizer gave values that are not finite"):
         pipeline.decode_codes(torch.zeros(1, 64, dtype=torch.long))
+    pipeline.prior.prediction_layer.bias.data[3] = float("nan")
+    for draw in (pipeline, pipeline.sample_codes):
+        with pytest.raises(UserError, match="the prior gave values that are not finite"):
+            draw(LABELS, SEEDS)
     with pytest.raises(UserError, match="the model gave values that are not finite"):
         pipeline = make_pipeline()
         pipeline.model.z_proj.bias.data[1] = float("nan")
