@@ -212,7 +212,9 @@ def write_network(folder: Path, kind: str, config: dict[str, Any], state: Mappin
 
 def not_finite_in(state: Mapping[str, Tensor]) -> str | None:
     """The name of the first of these weights with a value that is not finite."""
-    return next((name for name, value in state.items() if not torch.isfinite(value).all()), None)
+    # a sum is read from memory once, and is finite only of finite values
+    suspects = (item for item in state.items() if not item[1].sum().isfinite())
+    return next((name for name, value in suspects if not value.isfinite().all()), None)
 
 
 def is_export(path: str | Path) -> bool:

@@ -79,8 +79,8 @@ class Frozen:
                 )
         if broken := not_finite_in(network.state_dict()):
             raise UserError(
-                f"{kind}.weights={section.weights} has weights that are not finite, such as {broken}: name intact ones, "
-                f"or train the {kind} again with a lower optim.lr"
+                f"{kind}.weights={section.weights} has weights that are not finite, such as {broken}: name intact "
+                f"ones, or train the {kind} again with a lower optim.lr"
             )
         given = self.fingerprints[kind] = fingerprint(network.state_dict())
         made = self.made.get(kind)
