@@ -22,7 +22,7 @@ from mixar.config import (
     to_dict,
 )
 from mixar.dist import fast_precision
-from mixar.errors import UserError, not_finite
+from mixar.errors import SettingError, UserError, not_finite
 from mixar.files import creating_folder
 from mixar.model import MixAR, process_of, unpatchify
 from mixar.prior import Prior, keyed_draws, load_prior, sample_codes
@@ -180,8 +180,8 @@ class MixARPipeline:
             uint8 [B, 3, H, W].
 
         Raises:
-            UserError: labels out of range, not as many seeds as labels, settings that this model cannot follow, or
-                images that are not finite.
+            UserError: labels out of range, not as many seeds as labels, settings that this model cannot follow,
+                images that are not finite, or more images at once than the GPU has memory for.
         """
         return torch.cat(list(self.stream(labels, seeds, codes, progress)))
 
@@ -194,9 +194,7 @@ class MixARPipeline:
         for rows in self._batches(len(labels), progress):
             some_labels, some_seeds = labels[rows].to(self.device), seeds[rows].to(self.device)
             some_codes = None if codes is None else codes[rows].to(self.device)
-            if some_codes is None and self.prior is not None:
-                some_codes = self._draw_codes(self.prior, some_labels, some_seeds)
-            yield self._decode(self._draw_tokens(some_labels, some_seeds, some_codes))
+            yield self._images(some_labels, some_seeds, some_codes)
 
     def sample_codes(
         self, labels: Tensor | Sequence[int], seeds: Tensor | Sequence[int], progress: str | None = None
@@ -253,6 +251,20 @@ class MixARPipeline:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def _images(self, labels: Tensor, seeds: Tensor, codes: Tensor | None) -> Tensor:
+        """The images of one batch; see `__call__`."""
+        try:
+            if codes is None and self.prior is not None:
+                codes = self._draw_codes(self.prior, labels, seeds)
+            return self._decode(self._draw_tokens(labels, seeds, codes))
+        except torch.OutOfMemoryError as error:
+            if len(labels) == 1:
+                raise
+            raise SettingError(
+                f"the GPU is out of memory for {len(labels)} images at once: write {{}}",
+                ("sample.batch", len(labels) // 2),
+            ) from error
 
     def _draw_codes(self, prior: Prior, labels: Tensor, seeds: Tensor) -> Tensor:
         u, gumbel = keyed_draws(seeds, prior.config.grid**2, prior.config.splits)
