@@ -39,7 +39,8 @@ def in_words(error: BaseException, remedy: Callable[[bool], str] | None = None) 
     text = " ".join(str(error).split())
     host = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
     if host or (isinstance(error, RuntimeError) and any(part in text for part in _HOST_MEMORY)):
-        fix = "give the job more of it" + (f", or {remedy(False)}" if remedy else "")
+        other = remedy(False) if remedy else ""
+        fix = "give the job more of it" + f", or {other}" * bool(other)
         return UserError(f"this machine is out of memory ({text or type(error).__name__}): {fix}")
     if is_out_of_gpu_memory(error):
         what = text.partition(" If reserved but unallocated")[0].rstrip(".")  # torch's advice on its allocator follows

@@ -95,18 +95,22 @@ def in_words(error: BaseException, cfg: Config) -> BaseException:
 
 
 def less_memory(cfg: Config, gpu: bool) -> str:
-    """What to write so that the run needs less memory of its GPU, or of the host."""
+    """What to write so that the run needs less memory of its GPU, or of the host; empty where nothing helps."""
     place = dist.find()
     if not gpu and place.device.type == "cuda":
         return "write a smaller data.workers"
     memory, micro = math.inf, images_per_pass(cfg, place.world)
     if place.device.type == "cuda":  # as `Card.memory`, without what CUDA and NCCL take
         memory = 0.94 * torch.cuda.get_device_properties(place.device).total_memory
-    if fixes := memory_fixes(cfg, place.world, choose_engine(cfg, place)[0], memory):
+    try:
+        fixes = memory_fixes(cfg, place.world, choose_engine(cfg, place)[0], memory)
+    except Exception:  # there may be too little memory left to reckon, and the first error is the one to report
+        fixes = []
+    if fixes:
         return f"write {' or '.join(fixes)}, with which it would fit by `mixar plan`'s reckoning"
-    if cfg.task != "mixar" and micro > 1:  # not planned
+    if cfg.task != "mixar" and micro > 1:  # which is not planned
         return f"write train.micro_batch={micro // 2}"
-    return "take GPUs with more memory, or more of them with engine.name=fsdp"
+    return "take GPUs with more memory, or more of them with engine.name=fsdp" if gpu else ""
 
 
 def fail(error: BaseException, run: RunDirectory | None) -> None:
