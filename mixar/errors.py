@@ -48,7 +48,7 @@ class PassingError(UserError):
 
 
 def not_finite(network: str) -> UserError:
-    """The error of a network whose output is not finite, of which tokens or black images would be drawn."""
+    """The error of a network whose output is not finite: it would become black images, or any tokens."""
     return UserError(
         f"the {network} gave values that are not finite: see that its weights are, then try precision fp32, or a lower "
         "cfg_scale or temperature"

@@ -189,7 +189,7 @@ class ZeroEngine(Engine):
 
 @contextmanager
 def _local_rank_of_card(place: Place) -> Iterator[None]:
-    """Let LOCAL_RANK be the number of this rank's card, as which DeepSpeed takes it.
+    """Let LOCAL_RANK be the number of this rank's card, which DeepSpeed takes it for.
 
     It is another one where each process sees only its own card, as with `srun --gpus-per-task=1`.
     """
