@@ -54,6 +54,15 @@ def _run(given: list[str]) -> int:
             raise
         print(f"{prog}: {error.name} is missing: write pip install 'mixar[{EXTRAS[error.name]}]'", file=sys.stderr)
         return UserError.status
+    except BrokenPipeError:
+        raise
+    except (RuntimeError, MemoryError, OSError) as error:
+        from mixar.failures import in_words  # imports torch
+
+        reported = in_words(error)
+        if reported is error:
+            raise
+        return report(prog, reported)
     return 0
 
 

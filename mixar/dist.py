@@ -98,7 +98,7 @@ def start(timeout: float) -> Place:
         timeout: seconds without a step after which a run logs its stacks; collectives fail 10 s later.
 
     Raises:
-        UserError: as `find`.
+        UserError: as `find`, or several ranks on one GPU.
         PassingError: ranks that do not find each other.
     """
     place = find()
@@ -125,13 +125,20 @@ def join(place: Place, timeout: float, store: c10d.Store | None = None) -> None:
     A single process, whose engine may need a group too, needs no address.
 
     Raises:
+        UserError: several ranks on one GPU.
         PassingError: ranks that do not find each other.
     """
     if c10d.is_initialized():
         return
     gpu = place.device.type == "cuda"
-    store = c10d.HashStore() if place.world == 1 else store
+    card = str(torch.cuda.get_device_properties(place.device).uuid) if gpu else ""
     try:
+        if place.world == 1:
+            store = c10d.HashStore()
+        elif store is None:
+            store, *_ = next(c10d.rendezvous("env://", place.rank, place.world, timeout=_limit(timeout)))
+        if gpu and place.local_world > 1:
+            _refuse_shared_card(place, card, store)
         c10d.init_process_group(
             "cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=_limit(timeout), rank=place.rank,
             world_size=place.world, device_id=place.device if gpu else None, store=store,
@@ -145,6 +152,29 @@ def join(place: Place, timeout: float, store: c10d.Store | None = None) -> None:
         else:
             text += ": check that every rank was started, and that all nodes can reach this address and port of rank 0"
         raise PassingError(text) from None
+
+
+def _refuse_shared_card(place: Place, card: str, store: c10d.Store) -> None:
+    """Refuse, on every rank, two ranks on one GPU, with which NCCL would fail for a reason that it does not report.
+
+    Args:
+        card: the identity of this rank's GPU; its number is 0 in each process that sees one alone.
+    """
+    ranks = range(place.world)
+    store.set(f"card {place.rank}", card)
+    cards = [found.decode() for found in store.multi_get([f"card {rank}" for rank in ranks])]
+    again = next((rank for rank in ranks if cards[rank] in cards[:rank]), None)
+    if again is None:
+        return
+    store.set(f"read {place.rank}", "")
+    if not place.is_main:
+        raise ElsewhereError("two ranks have the same GPU")
+    store.wait([f"read {rank}" for rank in ranks])  # the store may end with this process
+    raise UserError(
+        f"ranks {cards.index(cards[again])} and {again} have the same GPU ({cards[again]}): start one process per GPU, "
+        "such as torchrun --nproc_per_node=1 or srun --gpus-per-task=1; or write CUDA_VISIBLE_DEVICES= before the "
+        "command, then all ranks run on the CPU, with gloo"
+    )
 
 
 def _meet(place: Place, timeout: float) -> c10d.TCPStore:

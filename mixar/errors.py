@@ -47,6 +47,14 @@ class PassingError(UserError):
     status = 75  # EX_TEMPFAIL
 
 
+def not_finite(network: str) -> UserError:
+    """The error of a network whose output is not finite: it would become black images, or any tokens."""
+    return UserError(
+        f"the {network} gave values that are not finite: see that its weights are, then try precision fp32, or a lower "
+        "cfg_scale or temperature"
+    )
+
+
 def report(program: str, error: BaseException) -> int:
     """Report on stderr the error that ended `program`, in one line where the user can act on it; the exit status."""
     if isinstance(error, UserError):

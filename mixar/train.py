@@ -10,12 +10,14 @@ if not __package__:
 
 import argparse
 import errno
+import math
 import os
 from functools import partial
 
+import torch
 import torch.distributed as c10d
 
-from mixar import dist
+from mixar import dist, failures
 from mixar.checkpoint import RunDirectory, complete_checkpoints
 from mixar.command_line import verb_parser
 from mixar.config import Config, check_inputs, images_per_pass, load_config, to_yaml
@@ -28,7 +30,7 @@ from mixar.log import keep_in_log, log
 from mixar.model.attention import prepare_attention
 from mixar.objectives import MixARObjective
 from mixar.ops import load
-from mixar.plan import make_plan, render
+from mixar.plan import make_plan, memory_fixes, render
 from mixar.tasks import build_objective, open_data
 from mixar.trainer import Stopped, Trainer
 
@@ -43,9 +45,9 @@ def train(cfg: Config) -> Path:
     # a batch that cannot be divided and missing inputs are reported before anything is written
     images_per_pass(cfg, dist.find().world)
     check_inputs(cfg, resumes=bool(complete_checkpoints(Path(cfg.run_dir))))
-    kernels = load_kernels(cfg)
     run: RunDirectory | None = None
     try:
+        kernels = load_kernels(cfg)
         place = dist.start(cfg.engine.timeout)
         run = RunDirectory(cfg, place)
         dist.on_main(place, partial(check_cache, cfg.data.shards, cfg.data.cache))
@@ -62,6 +64,8 @@ def train(cfg: Config) -> Path:
     except Stopped:
         raise
     except BaseException as error:
+        if run is not None and failures.is_out_of_gpu_memory(error):
+            failures.keep_memory_snapshot(run.path / f"memory-{run.place.rank}.pickle")
         reported = in_words(error, cfg)
         fail(reported, run)
         if reported is not error:
@@ -74,18 +78,39 @@ def train(cfg: Config) -> Path:
 
 
 def in_words(error: BaseException, cfg: Config) -> BaseException:
-    """`error`, or in place of an error by a full disk or by the loss of other ranks one that says so."""
+    """`error`, or in its place one that says what is full or faulty, or that other ranks were lost."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
             f"{error.filename or cfg.run_dir} cannot be written ({error.strerror}): free space there, then the same "
             "command resumes from the last checkpoint"
         )
+    if (reported := failures.in_words(error, partial(less_memory, cfg))) is not error:
+        return reported
     if dist.among_others() and dist.is_loss_of_others(error):
         return PassingError(
             f"rank {c10d.get_rank()} lost the other ranks in an exchange ({str(error).splitlines()[0][:200]}): another "
             f"rank ended or hangs, and reports why above or in {cfg.run_dir}/log.txt"
         )
     return error
+
+
+def less_memory(cfg: Config, gpu: bool) -> str:
+    """What to write so that the run needs less memory of its GPU, or of the host; empty where nothing helps."""
+    place = dist.find()
+    if not gpu and place.device.type == "cuda":
+        return "write a smaller data.workers"
+    memory, micro = math.inf, images_per_pass(cfg, place.world)
+    if place.device.type == "cuda":  # as `Card.memory`, without what CUDA and NCCL take
+        memory = 0.94 * torch.cuda.get_device_properties(place.device).total_memory
+    try:
+        fixes = memory_fixes(cfg, place.world, choose_engine(cfg, place)[0], memory)
+    except Exception:  # there may be too little memory left to reckon, and the first error is the one to report
+        fixes = []
+    if fixes:
+        return f"write {' or '.join(fixes)}, with which it would fit by `mixar plan`'s reckoning"
+    if cfg.task != "mixar" and micro > 1:  # which is not planned
+        return f"write train.micro_batch={micro // 2}"
+    return "take GPUs with more memory, or more of them with engine.name=fsdp" if gpu else ""
 
 
 def fail(error: BaseException, run: RunDirectory | None) -> None:
@@ -123,6 +148,9 @@ def log_start(cfg: Config, source: Source, place: dist.Place) -> None:
              place.launcher)  # fmt: skip
     log.info("batch %d = %d per pass x %d ranks x %d passes", cfg.train.batch, micro, place.world,
              cfg.train.batch // (micro * place.world))  # fmt: skip
+    if micro < (cfg.train.micro_batch or micro):
+        log.info("train.micro_batch=%d is the most per pass: %d divide the %d images of each rank",
+                 cfg.train.micro_batch, micro, cfg.train.batch // place.world)  # fmt: skip
     log.info("%s", precision_table(cfg))
     log.info("%s", render(make_plan(cfg, sum(source.shard_sizes))))
 

@@ -196,7 +196,7 @@ def write_network(folder: Path, kind: str, config: dict[str, Any], state: Mappin
     Returns:
         The fingerprint of the weights.
     """
-    if name := next((name for name, value in state.items() if not torch.isfinite(value).all()), None):
+    if name := not_finite_in(state):
         raise UserError(f"the {kind} has weights that are not finite, such as {name}: take an earlier checkpoint")
     folder.mkdir(exist_ok=True)
     try:
@@ -208,6 +208,13 @@ def write_network(folder: Path, kind: str, config: dict[str, Any], state: Mappin
     about = {"kind": kind, "version": __version__, "fingerprint": known, "config": config}
     write_json(folder / "config.json", about | extra)
     return known
+
+
+def not_finite_in(state: Mapping[str, Tensor]) -> str | None:
+    """The name of the first of these weights with a value that is not finite."""
+    # a sum is read from memory once, and is finite only of finite values
+    suspects = (item for item in state.items() if not item[1].sum().isfinite())
+    return next((name for name, value in suspects if not value.isfinite().all()), None)
 
 
 def is_export(path: str | Path) -> bool:

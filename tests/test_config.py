@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from mixar.__main__ import main
-from mixar.config import Config, check_inputs, load_config, to_dict, to_yaml
+from mixar.config import Config, check_inputs, images_per_pass, load_config, to_dict, to_yaml
 from mixar.errors import UserError
 from mixar.plan import make_plan, parameter_count
 from tests.home import CONFIG
@@ -302,8 +302,8 @@ def test_an_extreme_value_is_refused_by_its_name_or_can_be_planned_with(file: Pa
         (["tokenizer.multipliers=[1,1,2]"], "write tokenizer.multipliers with 5 entries"),
         (["sample.prior_steps=513"], "write sample.prior_steps=512 or less"),
         (["ti_mix.enabled=true", "model.guidance=none"], "write model.guidance=dc_mix, or ti_mix.enabled=false"),
-        (["train.batch=100", "train.micro_batch=64"], "write train.batch=128"),
-        (["mask.group=12"], "write mask.group=4"),
+        (["mask.group=12"], "write mask.group=4, or train.batch=2052"),
+        (["mask.group=12", "train.batch=24", "train.micro_batch=8"], "write mask.group=6, or train.micro_batch=12"),
         (["model.code_dim=16"], "model.code_dim=16 and tokenizer.code_dim=null must be equal"),
         (["model.latent_channels=4"], "write model.latent_channels=32, or vae.latent_channels=4"),
     ],
@@ -314,6 +314,21 @@ def test_a_mistake_is_told_with_what_to_write(overrides: list[str], told: str) -
     message = str(error.value)
     assert told in message and "\n" not in message
     assert overrides[0].split("=")[0].split(".")[0] in message, "names what was given"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "images"),
+    [
+        (["train.micro_batch=64"], 1, 64),
+        (["train.micro_batch=64"], 64, 32),  # a rank's whole share
+        (["train.batch=96", "train.micro_batch=40"], 1, 32),  # the largest divisor of whole mask groups
+        (["train.batch=96", "train.micro_batch=40", "mask.ratio_scope=batch"], 2, 24),
+        (["train.batch=100", "train.micro_batch=64", "task=prior"], 1, 50),
+        (["train.batch=96", "train.micro_batch=null"], 3, 32),
+    ],
+)
+def test_a_micro_batch_is_the_largest_that_fits(overrides: list[str], ranks: int, images: int) -> None:
+    assert images_per_pass(load_config(None, overrides), ranks) == images
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 
 from mixar import dist, slurm
 from mixar.errors import PassingError, UserError
+from tests.home import rank_environments
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "n1",
             "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "none"}  # fmt: skip
@@ -121,3 +122,42 @@ def test_a_port_in_use_is_told_as_one(find) -> None:
                                  "TORCHELASTIC_USE_AGENT_STORE": "False"})  # fmt: skip
         with pytest.raises(PassingError, match=rf"EADDRINUSE.*another process listens there.*:{port}'"):
             dist.join(place, timeout=-5)
+
+
+CARDS = """
+import os, sys, types, torch
+from mixar import dist, errors
+torch.cuda.is_available, torch.cuda.device_count, torch.cuda.set_device = lambda: True, lambda: 1, lambda device: None
+card = types.SimpleNamespace(uuid=sys.argv[1])
+torch.cuda.get_device_properties = lambda device: card
+# NCCL needs a GPU
+dist.c10d.init_process_group = lambda *_, **given: print("joins with", given["device_id"], flush=True)
+try:
+    dist.start(60)
+except errors.UserError as error:
+    sys.exit(errors.report("mixar train", error))
+"""
+
+
+@pytest.mark.parametrize(("seen", "status"), [("GPU-{rank}", 0), ("GPU-7", 2)])
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_ranks_with_a_card_each_are_told_from_ranks_on_one_card(launcher, seen, status) -> None:
+    step = SRUN | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "2",
+                   "MASTER_ADDR": "127.0.0.1", "SLURM_JOB_ID": "4713"}  # fmt: skip
+    given = rank_environments(2)
+    if launcher == "srun":
+        given = [step | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in "01"]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", CARDS, seen.format(rank=rank)], env=os.environ | environment,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank, environment in enumerate(given)
+    ]  # fmt: skip
+    told = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [status] * 2, told
+    if status == 0:
+        assert told == [("joins with cuda:0\n", "")] * 2
+    else:
+        assert "ranks 0 and 1 have the same GPU (GPU-7): start one process per GPU" in told[0][1]
+        assert "write CUDA_VISIBLE_DEVICES= before the command" in told[0][1] and told[1] == ("", "")

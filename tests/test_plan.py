@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,7 @@ from mixar.model import MixAR, attention
 from mixar.model.attention import attend
 from mixar.model.diffusion import STEPS
 from mixar.objectives import MixARObjective
-from mixar.plan import make_plan, render
+from mixar.plan import make_plan, memory_fixes, render
 from mixar.plan.activations import activation_bytes
 from mixar.plan.engines import DEEPSPEED_BUCKET, Layout, Sizes, images_a_rank
 from mixar.plan.work import FIRST, Tokens, matrices, mean_tokens, prior_flops, prior_share, training_flops
@@ -352,7 +353,7 @@ def test_the_engine_of_a_run(gpus: int, overrides: list[str], chosen: tuple[str,
         (12, [], "--gpus 12 does not fill nodes of 8: write --gpus 16"),
         (0, [], "write --gpus 8"),
         (48, [], "train.batch=2048 does not divide over 48 ranks: write train.batch=2064"),
-        (128, [], "train.micro_batch=32 does not divide the 16 images of each of 128 ranks"),
+        (256, [], "does not divide the micro-batch 8 on 256 ranks: write mask.group=8, or train.batch=4096"),
         (256, ["train.micro_batch=null"], "does not divide the micro-batch 8 on 256 ranks: write mask.group=8"),
     ],
 )
@@ -360,6 +361,14 @@ def test_a_layout_that_cannot_be_is_told_with_what_to_write(gpus: int, overrides
     with pytest.raises(UserError) as error:
         make_plan(paper("mixar_h", *overrides), gpus=gpus)
     assert told in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "micro"), [("mixar_l", 64, 32), ("mixar_b", 32, 64), ("mixar_h", 128, 16), ("mixar_l", 8, 64)]
+)
+def test_more_gpus_take_smaller_micro_batches(name: str, gpus: int, micro: int) -> None:
+    plan = make_plan(paper(name), gpus=gpus)
+    assert plan["micro_batch"] == micro and gpus * micro * plan["passes"] == 2048
 
 
 def test_only_mixar_is_laid_out() -> None:
@@ -381,6 +390,35 @@ def test_what_does_not_fit_is_told_with_what_would() -> None:
         fixed = make_plan(paper("mixar_h", *crowded, fix), gpus=8)
         assert fixed["engines"][fixed["chosen"]["torchrun"] if "name" in fix else "ddp"]["fits"], fix
     assert make_plan(cfg, gpus=8, card="h200")["engines"]["ddp"]["fits"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "memory", "keys"),
+    [
+        ([], math.inf, "train.micro_batch engine.recompute engine.name"),
+        (
+            [],
+            80e9,
+            "train.micro_batch engine.recompute engine.name",
+        ),  # less than now, though that would fit as reckoned
+        ([], 34e9, "engine.recompute"),
+        ([], 20e9, ""),
+        (["engine.recompute=all"], 80e9, "train.micro_batch engine.name"),
+        (["train.micro_batch=16"], 80e9, "engine.recompute engine.name"),  # a mask group
+    ],
+)
+def test_what_needs_less_memory_than_a_run_that_has_too_little(overrides: list[str], memory: float, keys: str) -> None:
+    def total(*more: str) -> int:
+        cfg = paper("mixar_h", "engine.name=ddp", *overrides, *more)
+        return make_plan(cfg, gpus=8)["engines"][cfg.engine.name]["memory"]["total"]
+
+    fixes = memory_fixes(paper("mixar_h", *overrides), 8, "ddp", memory)
+    assert [fix.split("=")[0] for fix in fixes] == keys.split()
+    assert all(total(fix) < total() and total(fix) <= memory for fix in fixes), fixes
+
+
+def test_only_mixar_s_memory_is_reckoned() -> None:
+    assert memory_fixes(paper("prior_14bit"), 8, "ddp", math.inf) == []
 
 
 def test_the_command_line_lays_out_a_run(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:

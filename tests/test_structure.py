@@ -15,6 +15,7 @@ ROOT = Path(mixar.__file__).parent
 FLOORS = (
     "cards environment errors rng signals",
     "files log resources slurm",
+    "failures",
     "ops",
     "config weights dist",
     "sampling_flags",

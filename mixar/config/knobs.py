@@ -217,7 +217,7 @@ class TrainConfig:
 
     epochs: float = _number(400.0, 0, _EPOCHS)  # length of the run, in passes over the training images
     batch: int = _number(2048, 1, 2**24)  # global, over all ranks and accumulation steps
-    micro_batch: int | None = _number(None, 1, 2**24)  # images per rank and pass; None: batch / ranks
+    micro_batch: int | None = _number(None, 1, 2**24)  # most images per rank and pass; None: batch / ranks
     precision: str = _word("bf16", *PRECISIONS)  # bf16: autocast, with float32 weights, loss, norms and EMA; fp32
     log_every: int = _number(50, 1, 10**9)  # steps between log lines
     checkpoint_every: float = _number(1.0, 0, _EPOCHS)  # epochs between checkpoints

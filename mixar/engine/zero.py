@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from torch import Tensor
 from mixar import dist
 from mixar.config import Config, images_per_pass
 from mixar.dist import Place
-from mixar.engine.base import MOMENTS, Engine, Trainable
+from mixar.engine.base import MOMENTS, Engine, StepInfo, Trainable
 from mixar.engine.blocks import prepare_blocks
 from mixar.engine.optim import build_optimizer
 from mixar.engine.slices import Slice
@@ -90,6 +92,15 @@ class ZeroEngine(Engine):
     def __init__(self, cfg: Config, task: Trainable, place: Place, stage: int) -> None:
         super().__init__(cfg, task, place)
         self.stage = stage
+        with _local_rank_of_card(place):
+            self._build(cfg, task, place, stage)
+
+    def step(self, batches: Sequence[Any], epoch: float, measure: bool = False) -> StepInfo:
+        # in its first step, stage 3 compares the ranks' order of parameters, on the card of LOCAL_RANK
+        with _local_rank_of_card(self.place):
+            return super().step(batches, epoch, measure)
+
+    def _build(self, cfg: Config, task: Trainable, place: Place, stage: int) -> None:
         settings = dist.on_main(place, lambda: deepspeed_settings(cfg, stage, place.world))
         if place.is_main:
             write_json(Path(cfg.run_dir, SETTINGS), settings)
@@ -179,10 +190,26 @@ class ZeroEngine(Engine):
             self.named[name].ds_tensor.view(-1)[: len(piece.flat)].copy_(piece.flat)
 
 
+@contextmanager
+def _local_rank_of_card(place: Place) -> Iterator[None]:
+    """Let LOCAL_RANK be the number of this rank's card, which DeepSpeed takes it for.
+
+    It is another one where each process sees only its own card, as with `srun --gpus-per-task=1`.
+    """
+    before, card = os.environ.get("LOCAL_RANK"), place.device.index
+    os.environ["LOCAL_RANK"] = str(place.local_rank if card is None else card)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["LOCAL_RANK"]
+        else:
+            os.environ["LOCAL_RANK"] = before
+
+
 def _import(place: Place, timeout: float) -> Any:
     """DeepSpeed, set up to use the existing process group."""
     os.environ.setdefault("DS_ACCELERATOR", place.device.type)
-    os.environ.setdefault("LOCAL_RANK", str(place.local_rank))
     dist.join(place, timeout)
     import deepspeed  # takes seconds, and only these engines need it
 

@@ -13,6 +13,7 @@ from mixar.codecs import VAE, Tokenizer, build_tokenizer, from_bytes, kl, poster
 from mixar.config import Config, to_dict
 from mixar.data.batch import Batch
 from mixar.engine import Scalars
+from mixar.errors import not_finite
 from mixar.objectives.base import RandomInit, mean_of
 from mixar.rng import Stream
 from mixar.weights import write_export
@@ -44,6 +45,8 @@ class CodecObjective(RandomInit):
     def preview(self, model: nn.Module) -> Tensor | None:
         device = next(model.parameters()).device
         output = self.reconstruct(model, from_bytes(self.shown.to(device)))
+        if not output.isfinite().all():
+            raise not_finite(self.kind)
         return torch.stack([self.shown, to_bytes(output).cpu()], 1).flatten(0, 1)
 
     def export(self, model: nn.Module, folder: Path, about: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from mixar.codecs import VAE, Tokenizer, load_tokenizer, load_vae
 from mixar.config import Config
 from mixar.errors import UserError
 from mixar.prior import Prior, load_prior
-from mixar.weights import describe_export, find_export, fingerprint
+from mixar.weights import describe_export, find_export, fingerprint, not_finite_in
 
 # keys that must be equal in a network's own config and the run's; the image size may differ, as for any convolution
 GEOMETRY = {
@@ -25,8 +25,8 @@ class Frozen:
         made: the fingerprints of the VAE and the tokenizer that made the shards, by kind, as far as they are known.
 
     Raises:
-        UserError: on access to a network: its weights are missing, have another geometry than the config's, or are not
-            those that made the shards.
+        UserError: on access to a network: its weights are missing or not finite, have another geometry than the
+            config's, or are not those that made the shards.
     """
 
     def __init__(self, cfg: Config, made: dict[str, Any]) -> None:
@@ -77,6 +77,11 @@ class Frozen:
                     f"{kind}.weights={section.weights} has {found} {words}, but the config has {wanted}: name weights "
                     f"of the config's geometry, or write the geometry of these weights in the config's section {kind}"
                 )
+        if broken := not_finite_in(network.state_dict()):
+            raise UserError(
+                f"{kind}.weights={section.weights} has weights that are not finite, such as {broken}: name intact "
+                f"ones, or train the {kind} again with a lower optim.lr"
+            )
         given = self.fingerprints[kind] = fingerprint(network.state_dict())
         made = self.made.get(kind)
         if made is not None and made != given:

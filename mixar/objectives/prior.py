@@ -11,6 +11,7 @@ from mixar.codecs import to_bytes
 from mixar.config import Config, to_dict
 from mixar.data.batch import Batch
 from mixar.engine import Scalars
+from mixar.errors import not_finite
 from mixar.objectives.base import RandomInit, mean_of
 from mixar.objectives.frozen import Frozen
 from mixar.prior import Prior, keyed_draws, masked_loss, sample_codes, split_ids, training_mask
@@ -57,6 +58,8 @@ class PriorObjective(RandomInit):
         codes = sample_codes(model, seeds % self.cfg.data.classes, self.cfg.sample, u, gumbel)
         images = self.frozen.tokenizer.to(device).decode(codes)
         self.frozen.rest(["tokenizer"])
+        if not images.isfinite().all():
+            raise not_finite("tokenizer")
         return to_bytes(images).cpu()
 
     def export(self, model: nn.Module, folder: Path, about: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """The plan of a run from its config alone: parameters, length, FLOP, memory, and speed on GPUs."""
 
-from mixar.plan.figures import make_plan, parameter_count
+from mixar.plan.figures import make_plan, memory_fixes, parameter_count
 from mixar.plan.text import render
 
-__all__ = ["make_plan", "parameter_count", "render"]
+__all__ = ["make_plan", "memory_fixes", "parameter_count", "render"]

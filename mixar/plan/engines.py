@@ -137,21 +137,30 @@ class Layout:
         talk = moved["within"] / (card.nvlink * LINK) + moved["across"] / (card.network * LINK)
         return work + talk - min(OVERLAP * talk, work)
 
-    def fixes(self, engine: str, card: Card) -> list[str]:
-        """Overrides of the config with which the engine fits the card."""
+    def fixes(self, engine: str, memory: float) -> list[str]:
+        """Overrides of the config with which the engine needs at most `memory` bytes, and less than it does now."""
+        memory = self._below(engine, memory)
         group = self.cfg.mask.group if self.cfg.mask.ratio_scope == "image" else 1
         smaller = [m for m in range(self.micro - 1, 0, -1) if self.micro % m == 0 and m % group == 0]
         passes = {m: replace(self, tokens=replace(self.tokens, images=m)) for m in smaller}
-        small = [f"train.micro_batch={m}" for m, run in passes.items() if run._fits(engine, card)]
+        small = [f"train.micro_batch={m}" for m, run in passes.items() if run._total(engine) <= memory]
         recomputing = {
             parts: replace(self, cfg=replace(self.cfg, engine=replace(self.cfg.engine, recompute=parts)))
             for parts in ("head", "backbone", "all")
         }
-        again = [f"engine.recompute={parts}" for parts, run in recomputing.items() if run._fits(engine, card)]
+        again = [f"engine.recompute={parts}" for parts, run in recomputing.items() if run._total(engine) <= memory]
         return small[:1] + again[:1]
 
-    def _fits(self, engine: str, card: Card) -> bool:
-        return self.memory(engine)["total"] <= card.memory
+    def others(self, engine: str, memory: float) -> list[str]:
+        """Overrides of the config to the engines that need at most `memory` bytes, and less than this one."""
+        memory = self._below(engine, memory)
+        return [f"engine.name={other}" for other in ENGINES if self._total(other) <= memory]
+
+    def _below(self, engine: str, memory: float) -> float:
+        return min(memory, self._total(engine) - 1)
+
+    def _total(self, engine: str) -> int:
+        return self.memory(engine)["total"]
 
 
 def images_a_rank(cfg: Config, gpus: int) -> int:
@@ -177,7 +186,7 @@ def engine_plans(layout: Layout, card: Card, flops: float, steps: int | None) ->
     for engine in ENGINES:
         plan = plans[engine] = {"memory": layout.memory(engine), "moved": layout.moved(engine)}
         if plan["memory"]["total"] > card.memory:
-            plan |= {"fits": False, "fixes": layout.fixes(engine, card)}
+            plan |= {"fits": False, "fixes": layout.fixes(engine, card.memory)}
             continue
         seconds = layout.seconds(plan["moved"], flops, card)
         plan |= {"fits": True, "step_seconds": seconds, "images_per_second": layout.cfg.train.batch / seconds}

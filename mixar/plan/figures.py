@@ -7,7 +7,7 @@ from torch import nn
 
 from mixar.cards import CARDS
 from mixar.codecs import VAE, build_tokenizer
-from mixar.config import Config
+from mixar.config import Config, images_per_pass
 from mixar.data.manifest import read_manifest
 from mixar.errors import UserError
 from mixar.model import MixAR
@@ -60,18 +60,13 @@ def make_plan(cfg: Config, images: int | None = None, gpus: int | None = None, c
             raise UserError(f"--gpus plans task=mixar only, but this config has task={cfg.task}: leave --gpus out")
         return plan
 
-    alone = cfg.train.micro_batch or cfg.train.batch
-    tokens = mean_tokens(cfg, alone if gpus is None else images_a_rank(cfg, gpus))
+    tokens = mean_tokens(cfg, images_per_pass(cfg, ranks=1) if gpus is None else images_a_rank(cfg, gpus))
     plan["guidance"] = cfg.model.guidance
     plan |= {"encoder_tokens": round(tokens.encoder, 1), "decoder_tokens": tokens.decoder}
     plan["flops"] = training_flops(model, tokens)
     executed, frozen = sum(training_flops(model, tokens, cfg.engine.recompute).values()), 0
-    if cfg.ti_mix.enabled and cfg.ti_mix.source == "online":
-        weights = cfg.prior.weights
-        # an export has its own geometry
-        exported = weights is not None and is_export(weights)
-        prior = load_prior(cfg.prior, cfg.trust_pickle) if exported else _build(cfg, "prior")
-        assert isinstance(prior, Prior)
+    prior = _prior_of_a_step(cfg)
+    if prior is not None:
         plan["flops"]["prior"] = prior_share(cfg) * prior_flops(prior)
         executed, frozen = executed + plan["flops"]["prior"], _values(prior)
     plan["flops"]["total"] = sum(plan["flops"].values())
@@ -83,6 +78,32 @@ def make_plan(cfg: Config, images: int | None = None, gpus: int | None = None, c
         plan["engines"] = engine_plans(layout, CARDS[card], executed, steps)
         plan["assumptions"] = assumptions(card, cfg.engine.compile is not False, cfg.train.precision)
     return plan
+
+
+def memory_fixes(cfg: Config, ranks: int, engine: str, memory: float) -> list[str]:
+    """Overrides of the config with which a run would need less memory than it does, and at most `memory` bytes a rank.
+
+    They are alternatives: a smaller micro-batch, recomputation, another engine. There are none for tasks other than
+    mixar, which are not planned.
+    """
+    model = _build(cfg, cfg.task)
+    if not isinstance(model, MixAR):
+        return []
+    prior, tokens = _prior_of_a_step(cfg), mean_tokens(cfg, images_per_pass(cfg, ranks))
+    layout = Layout(cfg, ranks, Sizes.of(model), tokens, 0 if prior is None else _values(prior))
+    return layout.fixes(engine, memory) + layout.others(engine, memory)[:1]
+
+
+def _prior_of_a_step(cfg: Config) -> Prior | None:
+    """The prior, where a training step runs it."""
+    if not (cfg.ti_mix.enabled and cfg.ti_mix.source == "online"):
+        return None
+    weights = cfg.prior.weights
+    # an export has its own geometry
+    exported = weights is not None and is_export(weights)
+    prior = load_prior(cfg.prior, cfg.trust_pickle) if exported else _build(cfg, "prior")
+    assert isinstance(prior, Prior)
+    return prior
 
 
 def _build(cfg: Config, task: str) -> nn.Module:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mixar import rng
 from mixar.config import SampleConfig
+from mixar.errors import not_finite
 from mixar.prior.lfqbert import Prior
 from mixar.prior.tokens import combine_ids, split_ids
 from mixar.rng import Stream
@@ -75,9 +76,16 @@ def sample_codes(prior: Prior, labels: Tensor, settings: SampleConfig, u: Draws,
         settings: its `prior_*` fields are used.
         u: step -> [B, N, m] uniform on [0, 1), to draw sub-tokens.
         gumbel: step -> [B, N, m] standard Gumbel, for the order in which sub-tokens are fixed.
+
+    Raises:
+        UserError: the prior gives values that are not finite.
     """
+    broken = torch.zeros((), dtype=torch.bool, device=labels.device)
     for step in decoding_steps(prior, labels, settings, u, gumbel):
         pred = step.pred
+        broken |= step.confidence.isnan().any()
+    if broken:  # read once, since it waits for the device
+        raise not_finite("prior")
     return combine_ids(pred, prior.config.bits)
 
 

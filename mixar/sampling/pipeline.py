@@ -22,7 +22,7 @@ from mixar.config import (
     to_dict,
 )
 from mixar.dist import fast_precision
-from mixar.errors import UserError
+from mixar.errors import SettingError, UserError, not_finite
 from mixar.files import creating_folder
 from mixar.model import MixAR, process_of, unpatchify
 from mixar.prior import Prior, keyed_draws, load_prior, sample_codes
@@ -33,6 +33,7 @@ from mixar.weights import (
     find_export,
     is_export,
     loaded,
+    not_finite_in,
     read_export,
     write_network,
 )
@@ -111,7 +112,7 @@ class MixARPipeline:
             compile,
         )
         for name, network in pipeline.networks.items():
-            if not all(value.isfinite().all() for value in network.state_dict().values()):
+            if not_finite_in(network.state_dict()):
                 raise UserError(
                     f"the weights of the {name} in {folder} are not finite: its training went wrong; export an earlier "
                     "checkpoint, or train it again with a lower optim.lr"
@@ -179,8 +180,8 @@ class MixARPipeline:
             uint8 [B, 3, H, W].
 
         Raises:
-            UserError: labels out of range, not as many seeds as labels, settings that this model cannot follow, or
-                images that are not finite.
+            UserError: labels out of range, not as many seeds as labels, settings that this model cannot follow,
+                images that are not finite, or more images at once than the GPU has memory for.
         """
         return torch.cat(list(self.stream(labels, seeds, codes, progress)))
 
@@ -193,9 +194,7 @@ class MixARPipeline:
         for rows in self._batches(len(labels), progress):
             some_labels, some_seeds = labels[rows].to(self.device), seeds[rows].to(self.device)
             some_codes = None if codes is None else codes[rows].to(self.device)
-            if some_codes is None and self.prior is not None:
-                some_codes = self._draw_codes(self.prior, some_labels, some_seeds)
-            yield self._decode(self._draw_tokens(some_labels, some_seeds, some_codes))
+            yield self._images(some_labels, some_seeds, some_codes)
 
     def sample_codes(
         self, labels: Tensor | Sequence[int], seeds: Tensor | Sequence[int], progress: str | None = None
@@ -218,7 +217,8 @@ class MixARPipeline:
         assert self.tokenizer is not None, "decoding discrete tokens needs the tokenizer"
         images = [self.tokenizer.decode(codes[b].to(self.device)) for b in self._batches(len(codes))]
         for decoded in images:
-            _require_finite(tokenizer=decoded)
+            if not decoded.isfinite().all():
+                raise not_finite("tokenizer")
         return to_bytes(torch.cat(images)).cpu()
 
     def checked(self, labels: Tensor | Sequence[int], seeds: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -252,6 +252,20 @@ class MixARPipeline:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
+    def _images(self, labels: Tensor, seeds: Tensor, codes: Tensor | None) -> Tensor:
+        """The images of one batch; see `__call__`."""
+        try:
+            if codes is None and self.prior is not None:
+                codes = self._draw_codes(self.prior, labels, seeds)
+            return self._decode(self._draw_tokens(labels, seeds, codes))
+        except torch.OutOfMemoryError as error:
+            if len(labels) == 1:
+                raise
+            raise SettingError(
+                f"the GPU is out of memory for {len(labels)} images at once: write {{}}",
+                ("sample.batch", len(labels) // 2),
+            ) from error
+
     def _draw_codes(self, prior: Prior, labels: Tensor, seeds: Tensor) -> Tensor:
         u, gumbel = keyed_draws(seeds, prior.config.grid**2, prior.config.splits)
         with self._autocast():
@@ -265,7 +279,9 @@ class MixARPipeline:
     def _decode(self, tokens: Tensor) -> Tensor:
         latents = self.norm.denormalise(unpatchify(tokens, self.model.config.patch))
         images = self.vae.decode(latents)
-        _require_finite(model=tokens, vae=images)
+        for network, output in (("model", tokens), ("vae", images)):
+            if not output.isfinite().all():
+                raise not_finite(network)
         return to_bytes(images).cpu()
 
 
@@ -284,13 +300,3 @@ def _check_geometry(model: MixAR, vae: VAE, prior: Prior | None, tokenizer: Toke
     for network, what, found, wanted in pairs:
         if found != wanted:
             raise UserError(f"the {network} has {found} {what}, the model {wanted}: name the one it was trained with")
-
-
-def _require_finite(**outputs: Tensor) -> None:
-    """UserError that names the first network whose output is not finite: as pixels, it would be black images."""
-    for name, output in outputs.items():
-        if not output.isfinite().all():
-            raise UserError(
-                f"the {name} gave values that are not finite: see that its weights are, then try precision fp32, or "
-                "a lower cfg_scale or temperature"
-            )

@@ -49,14 +49,16 @@ def sample_and_score(samples: SampleSet, points: Points, scorer: Scorer, out: Pa
     scorer.check((samples.pipeline.image_size,) * 2, samples.count)
     if points:
         save(scorer, kept)
-        run_grid(samples, points, scorer, out)
+        with spelling(as_flag):
+            run_grid(samples, points, scorer, out)
         return
     with spelling(as_flag):
         samples.check()
     receipt = out or output_folder(samples.path, "eval") / f"{samples.name}.json"
     scorer.check_receipt(receipt)
     save(scorer, kept)
-    samples.write(samples.folder)
+    with spelling(as_flag):
+        samples.write(samples.folder)
     scorer.score(samples.folder, receipt)
 
 

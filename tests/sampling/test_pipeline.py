@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 import mixar
+from mixar.codecs import VAE
 from mixar.errors import UserError
 from mixar.sampling import MixARPipeline, find_export
 from mixar.weights import describe_export, fingerprint
@@ -146,6 +147,21 @@ def test_weights_that_are_not_finite_are_named(make_pipeline, tmp_path, name):
         MixARPipeline.from_pretrained(folder)
 
 
+def test_too_many_images_for_the_gpu_are_told_with_how_many_to_take(make_pipeline, monkeypatch):
+    pipeline, decode = make_pipeline(), VAE.decode
+
+    def of_a_small_card(vae, latents):
+        if len(latents) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return decode(vae, latents)
+
+    monkeypatch.setattr(VAE, "decode", of_a_small_card)
+    for batch, fix in ((4, 2), (2, 1)):
+        with pytest.raises(UserError, match=f"memory for {batch} images at once: write sample.batch={fix}"):
+            pipeline.with_settings(batch=batch)(LABELS, SEEDS)
+    assert len(pipeline.with_settings(batch=1)(LABELS, SEEDS)) == 5
+
+
 def test_black_images_of_nothing_finite_are_refused(make_pipeline):
     pipeline = make_pipeline()
     pipeline.vae.decoder.conv_out.bias.data[1] = float("nan")
@@ -154,6 +170,10 @@ def test_black_images_of_nothing_finite_are_refused(make_pipeline):
     pipeline.tokenizer.decoder.conv_out.bias.data[1] = float("inf")
     with pytest.raises(UserError, match="the tokenizer gave values that are not finite"):
         pipeline.decode_codes(torch.zeros(1, 64, dtype=torch.long))
+    pipeline.prior.prediction_layer.bias.data[3] = float("nan")
+    for draw in (pipeline, pipeline.sample_codes):
+        with pytest.raises(UserError, match="the prior gave values that are not finite"):
+            draw(LABELS, SEEDS)
     with pytest.raises(UserError, match="the model gave values that are not finite"):
         pipeline = make_pipeline()
         pipeline.model.z_proj.bias.data[1] = float("nan")

@@ -1,5 +1,7 @@
 """An error on one rank of a run: told where a user looks, without a wait for ranks that cannot hear of it."""
 
+import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +29,7 @@ from mixar.errors import UserError
 from mixar.train import main
 main()
 """
+PLAIN = "from mixar.train import main\nmain()\n"
 ERRORS = {
     "mistake": ("UserError('take the other one')", "mixar train: take the other one", 2),
     "disk": ("OSError(5, 'Input/output error', '/data/x')", "OSError: [Errno 5] Input/output error: '/data/x'", 1),
@@ -67,6 +70,45 @@ def test_an_error_on_one_rank_is_told_and_ends_the_run(home, tmp_path, engine, p
     assert told in said and (kind != "mistake" or said.count(told) == 1)
     assert told.removeprefix("mixar train: ") in (run / "log.txt").read_text()
     assert not (run / "exports").exists()
+
+
+OUT_OF_MEMORY = (
+    "torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB "
+    "of which 1.56 GiB is free. Including non-PyTorch memory, this process has 77.54 GiB memory in use. If reserved "
+    "but unallocated memory is large try setting PYTORCH_ALLOC_CONF=expandable_segments:True')"
+)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_out_of_memory_is_told_with_what_needs_less(home, tmp_path, world) -> None:
+    run, log, last = tmp_path / "run", tmp_path / "log", world - 1
+    module, name, method = STEP
+    fault = FAULT.format(module=module, name=name, method=method, rank=last, call=15, error=OUT_OF_MEMORY)
+    assert run_with(f"import torch{fault}", home, run, log, world, "train.micro_batch=4")[last] == 2
+    said = log.read_text()
+    (told,) = re.findall("^mixar train: (the GPU is out of memory.*)$", said, re.M)
+    assert told in (run / "log.txt").read_text()
+    assert "Tried to allocate 2.00 GiB" in told and "77.54 GiB memory in use" in told and "PYTORCH_ALLOC" not in told
+    assert "it would fit by `mixar plan`'s reckoning" in told
+    snapshot = run / f"memory-{last}.pickle"
+    assert "segments" in pickle.loads(snapshot.read_bytes()) and f"{snapshot} shows what is on the GPU" in said
+    kept = complete_checkpoints(run)[-1]
+    (fix,) = re.findall(r"write (engine\.recompute=\w+)", told)
+    assert run_with(PLAIN, home, run, log, world, "train.micro_batch=4", fix) == [0] * world
+    assert f"resuming from {kept}" in log.read_text()
+
+
+def test_a_full_machine_is_told(home, tmp_path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    module, name, method = STEP
+    fault = FAULT.format(module=module, name=name, method=method, rank=0, call=3, error="a full machine").replace(
+        "raise a full machine", "import torch; torch.empty(2**60)"
+    )
+    assert run_with(fault, home, run, log, 1) == [2], log.read_text()[-3000:]
+    (told,) = [line for line in log.read_text().splitlines() if line.startswith("mixar train: this machine is out of")]
+    assert "you tried to allocate 4611686018427387904 bytes" in told
+    assert "give the job more of it, or write train.micro_batch=4 or engine.recompute=" in told
+    assert not list(run.glob("memory-*"))
 
 
 def test_a_sum_that_cannot_be_taken_is_told_by_all(home, tmp_path) -> None:

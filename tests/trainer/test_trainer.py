@@ -19,7 +19,7 @@ from mixar.config import load_config
 from mixar.errors import UserError
 from mixar.train import train
 from mixar.weights import read_export
-from tests.home import exported_weights, records
+from tests.home import end, exported_weights, fork_ranks, records, train_arguments
 
 pytestmark = pytest.mark.slow
 
@@ -84,6 +84,19 @@ def test_ten_steps_equal_five_a_kill_and_five(home, whole, tmp_path) -> None:
     assert all(torch.equal(resumed[name], value) for name, value in uninterrupted.items())
     untimed = lambda r: {k: v for k, v in r.items() if k not in ("images_per_second", "data_wait", "time")}
     assert [untimed(r) for r in records(run)] == [untimed(r) for r in records(whole)]
+
+
+def test_a_run_goes_on_where_each_rank_has_less_than_a_micro_batch(home, whole, tmp_path) -> None:
+    run, log = tmp_path / "wider", tmp_path / "log"
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "exports")
+    shutil.rmtree(run / "checkpoints" / "000000000160")
+    assert end(fork_ranks(train_arguments(home, run), 4, None, log)) == [0] * 4, log.read_text()[-3000:]
+    told = (run / "log.txt").read_text()
+    assert "resuming" in told and "batch 16 = 4 per pass x 4 ranks x 1 passes" in told
+    assert "train.micro_batch=8 is the most per pass: 4 divide the 4 images of each rank" in told
+    for name, value in exported_weights(whole).items():
+        torch.testing.assert_close(exported_weights(run)[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_a_torn_checkpoint_is_passed_over(home, whole, tmp_path) -> None:

@@ -10,8 +10,10 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from mixar.codecs import VAE
 from mixar.sampling import MixARPipeline
 from mixar.sampling.sample_set import parse_labels
 from mixar.weights import read_export, write_export
@@ -34,6 +36,19 @@ def test_draws_what_the_pipeline_draws(mixar, run_dir):
     for name, image in zip(sorted(drawn), images):
         assert np.array_equal(drawn[name], image.permute(1, 2, 0))
     assert Image.open(f"{folder}-grid.png").width > 5 * 16
+
+
+def test_too_little_memory_is_told_as_a_flag_that_resumes(mixar, refused, run_dir, monkeypatch):
+    command, decode = ("sample", run_dir, "--count", 5, "--precision", "fp32"), VAE.decode
+
+    def of_a_small_card(vae, latents):
+        if len(latents) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return decode(vae, latents)
+
+    monkeypatch.setattr(VAE, "decode", of_a_small_card)
+    assert "out of memory for 4 images at once: write --batch 2" in refused(*command)
+    assert mixar(*command, "--batch", 2)[0] == 0 and len(pixels(run_dir / "samples" / "0-5")) == 5
 
 
 def test_goes_on_where_it_stopped(mixar, run_dir):
