@@ -2,5 +2,6 @@
 
 from mixar.plan.figures import make_plan, parameter_count
 from mixar.plan.text import render
+from mixar.plan.work import step_flops
 
-__all__ = ["make_plan", "parameter_count", "render"]
+__all__ = ["make_plan", "parameter_count", "render", "step_flops"]
