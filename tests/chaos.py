@@ -153,7 +153,8 @@ def logged(run: Path) -> list[dict]:
     """The records of a run, without what a clock gave."""
     found = all_records(run) if (run / "metrics.jsonl").exists() else []
     return [
-        {name: value for name, value in record.items() if name != "time" and name[:6] != "speed/"} for record in found
+        {name: value for name, value in record.items() if name != "time" and not name.startswith("speed/")}
+        for record in found
     ]
 
 

@@ -85,6 +85,9 @@ def test_ten_steps_equal_five_a_kill_and_five(home, whole, tmp_path) -> None:
     assert all(torch.equal(resumed[name], value) for name, value in uninterrupted.items())
     untimed = lambda r: {k: v for k, v in r.items() if k != "time" and not k.startswith("speed/")}
     assert [untimed(r) for r in records(run)] == [untimed(r) for r in records(whole)]
+    board = EventAccumulator(str(run / "tb"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("loss")] == [r["step"] for r in records(run)]
 
 
 def test_a_torn_checkpoint_is_passed_over(home, whole, tmp_path) -> None:
