@@ -22,7 +22,7 @@ from reference import MAR, Training
 from streaming import MDSWriter
 
 from mixar import rng
-from mixar.cards import CARDS
+from mixar.cards import find_card
 from mixar.config import (
     GUIDANCES,
     PRESETS,
@@ -250,7 +250,7 @@ def model_rows(rounds: int) -> list[dict]:
     device = find().device
     if device.type != "cuda":
         return []
-    card = next((card for name, card in CARDS.items() if name in torch.cuda.get_device_name(device).lower()), None)
+    card = find_card(torch.cuda.get_device_name(device))
     rows = []
     for name in ("mixar_b", "mixar_l", "mixar_h"):
         cfg = load_config(CONFIGS / f"{name}.yaml", ["engine.name=ddp", "engine.compile=true"])

@@ -102,6 +102,7 @@ def start(timeout: float) -> Place:
         PassingError: ranks that do not find each other.
     """
     place = find()
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives that NCCL keeps a record of, for `watch`
     store = None
     if place.world > 1:
         end_at_once()

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,12 +15,12 @@ from mixar.data.loader import ShardSource
 from mixar.data.manifest import Manifest, check_manifest, check_pre_drawn, read_manifest
 from mixar.objectives import MixARObjective, Objective, PriorObjective, TokenizerObjective, VAEObjective
 
-SHOWN = 16  # images that a codec's preview reconstructs
+SHOWN = 32  # images that a codec's preview reconstructs
 
 # arguments as in `build_objective`
 OBJECTIVES: dict[str, Callable[[Config, dict[str, Any], torch.device, Source | None], Objective]] = {
-    "vae": lambda cfg, data, device, source: VAEObjective(cfg, _first_images(source)),
-    "tokenizer": lambda cfg, data, device, source: TokenizerObjective(cfg, _first_images(source)),
+    "vae": lambda cfg, data, device, source: VAEObjective(cfg, _shown_images(source)),
+    "tokenizer": lambda cfg, data, device, source: TokenizerObjective(cfg, _shown_images(source)),
     "prior": lambda cfg, data, device, source: PriorObjective(cfg, data),
     "mixar": lambda cfg, data, device, source: MixARObjective(cfg, LatentNorm.from_dict(data["latents"]), device, data),
 }
@@ -70,7 +71,13 @@ def latent_norm(cfg: Config, manifest: Manifest | None = None) -> LatentNorm:
     return LatentNorm(torch.tensor(manifest.latent_mean), torch.tensor(manifest.latent_std))
 
 
-def _first_images(source: Source | None) -> Tensor:
-    """The images of a codec's preview, uint8 [k, 3, H, W]."""
+def _shown_images(source: Source | None) -> Tensor:
+    """The images of a codec's preview, uint8 [k, 3, H, W]: of all classes in turn, or evenly of more than `SHOWN`."""
     assert isinstance(source, ImageSource)
-    return torch.stack([source[i][0] for i in range(min(SHOWN, len(source)))])
+    labels = np.asarray(source.images.labels)
+    order = labels.argsort(kind="stable")
+    classes, first = np.unique(labels[order], return_index=True)
+    turn = np.arange(len(order)) - first[np.searchsorted(classes, labels[order])]  # of each image within its class
+    rows = order[np.lexsort((labels[order], turn))][: max(SHOWN, len(classes))]
+    spread = np.linspace(0, len(rows) - 1, min(SHOWN, len(rows))).astype(int)
+    return torch.stack([source[i][0] for i in rows[spread].tolist()])

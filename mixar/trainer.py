@@ -2,8 +2,9 @@
 
 import itertools
 import math
-import time
-from collections.abc import Generator
+import statistics
+from collections import deque
+from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from mixar import dist, rng
+from mixar.cards import find_card
 from mixar.checkpoint import Progress, RunDirectory
-from mixar.config import Config, images_per_pass
+from mixar.config import Config, images_per_pass, profiled_steps
 from mixar.data.batch import Batch, Source
 from mixar.data.loader import Loader
 from mixar.dist import Agreement, Place
 from mixar.engine import Scalars, StepInfo, build_engine, learning_rate
 from mixar.errors import UserError
 from mixar.log import log
-from mixar.metrics import Averages, Metrics
-from mixar.objectives import Objective
+from mixar.metrics import Averages, Metrics, Stopwatch
+from mixar.objectives import MixARObjective, Objective
 from mixar.objectives.base import mean_of
+from mixar.plan import step_flops
+from mixar.profiler import StepProfiler
 from mixar.rng import Stream
 from mixar.signals import Signals
 from mixar.watch import Watchdog
@@ -67,48 +71,69 @@ class Trainer:
             Stopped: a signal ended the run; a checkpoint was written.
             UserError: too many non-finite steps in a row, or a checkpoint that cannot be written.
         """
-        train, run = self.cfg.train, self.run_dir
-        total = self.steps * train.batch
-        metrics = Metrics(run.path, self.progress.step, self.progress.images, total) if self.place.is_main else None
-        averages, wait, recent, agreement = Averages(), 0.0, _Recent(), Agreement(self.place, self.cfg.engine.timeout)
+        cfg, train, run, place = self.cfg, self.cfg.train, self.run_dir, self.place
+        averages, watch, recent, agreement = Averages(), Stopwatch(), _Recent(), Agreement(place, cfg.engine.timeout)
+        metrics, peak_seconds = self._metrics(), self._peak_seconds()
         with (
-            Signals(self.place.launcher) as signals,
-            Watchdog(self.cfg.engine.timeout) as watchdog,
+            Signals(place.launcher) as signals,
+            Watchdog(cfg.engine.timeout, run.path / "flight", place.rank) as watchdog,
+            StepProfiler(profiled_steps(train.profile if place.is_main else None), run.path / "tb") as profiler,
             closing(self._batches()) as batches,
         ):
             for step in range(self.progress.step, self.steps):
                 watchdog.beat(step)
                 self._heed(agreement.exchange(self._wish(signals)))
-                begun = time.monotonic()
-                micro = next(batches)
-                wait += time.monotonic() - begun
                 epoch, last = self.epoch(step), step + 1 == self.steps
                 due = last or (step + 1) % train.log_every == 0 or self._due(step, train.checkpoint_every)
-                info = self.engine.step(micro, epoch, measure=due)
+                with profiler.step(step):
+                    with watch.time("data"):
+                        micro = next(batches)
+                    info = self.engine.step(micro, epoch, measure=due)
+                if peak_seconds is not None:
+                    watch.add("peak", peak_seconds(epoch))
                 self.progress = Progress(step + 1, (step + 1) * train.batch)
                 recent.add(step, micro, info)
-                scalars = info.scalars | {"grad_norm": mean_of(info.grad_norm)}
+                scalars = info.scalars | {"optim/grad_norm": mean_of(info.grad_norm)}
                 averages.add({name: torch.where(info.finite > 0, value, 0.0) for name, value in scalars.items()})
                 if due:
-                    self._handle_skips(recent)
+                    self._report_odd_steps(recent)
                     assert info.ema_distance is not None
                     means = averages.drain()
-                    means |= {"lr": learning_rate(self.cfg, epoch), "ema_distance": info.ema_distance.item()}
+                    means |= {"optim/lr": learning_rate(cfg, epoch), "optim/ema_distance": info.ema_distance.item()}
+                    seconds = watch.drain()
                     if metrics is not None:
-                        metrics.write(step + 1, self.progress.images, means, wait)
-                    wait = 0.0
-                begun = time.monotonic()
+                        metrics.write(step + 1, self.progress.images, means, seconds)
                 if last or self._due(step, train.checkpoint_every):
-                    self._save()
+                    with watch.time("checkpoint"):
+                        self._save()
                 if self._due(step, train.samples_every) or (last and train.samples_every > 0):
-                    self._preview(metrics)
-                if metrics is not None:
-                    metrics.leave_out(time.monotonic() - begun)
+                    with watch.time("preview"):
+                        self._preview(metrics)
             agreement.settle()
             if metrics is not None:
                 metrics.close()
             run.wait()
             return self._export()
+
+    def _metrics(self) -> Metrics | None:
+        """The reports, on rank 0."""
+        if not self.place.is_main:
+            return None
+        progress, total = self.progress, self.steps * self.cfg.train.batch
+        return Metrics(self.run_dir.path, self.cfg, self.place.device, progress.step, progress.images, total)
+
+    def _peak_seconds(self) -> Callable[[float], float] | None:
+        """The seconds that a step would take at the peak of the cards, as a function of the epoch.
+
+        None on a CPU, on a card of unknown peak, and for a network other than MixAR, whose FLOP are not counted.
+        """
+        cuda = self.place.device.type == "cuda"
+        card = find_card(torch.cuda.get_device_name(self.place.device)) if cuda else None
+        if card is None or not isinstance(self.objective, MixARObjective):
+            return None
+        peak = self.place.world * (card.bf16 if self.cfg.train.precision == "bf16" else card.fp32)
+        flops = step_flops(self.cfg, images_per_pass(self.cfg, self.place.world), self.objective.prior)
+        return lambda epoch: self.cfg.train.batch * flops(epoch) / peak
 
     def _wish(self, signals: Signals) -> int:
         """This rank's vote in the agreement before a step."""
@@ -149,12 +174,17 @@ class Trainer:
         """Whether a period of `every` epochs ends with this step; never if it is 0."""
         return every > 0 and int(self.epoch(step + 1) / every) > int(self.epoch(step) / every)
 
-    def _handle_skips(self, recent: "_Recent") -> None:
-        for record in recent.skipped():
-            keys = [key for part in dist.gather(self.place, record["keys"]) for key in part]
-            if self.place.is_main:
-                file = self.run_dir.write_replay(record["step"], record | {"keys": keys, "seed": self.cfg.seed})
-                numbers = f"loss {record['loss']}, gradient norm {record['grad_norm']}"
+    def _report_odd_steps(self, recent: "_Recent") -> None:
+        """Report steps that were not finite or jumped, and write their images to replay/; a collective."""
+        parts = dist.gather(self.place, recent.drain())
+        for record in parts[0] if self.place.is_main else []:
+            keys = [key for part in parts for other in part if other["step"] == record["step"] for key in other["keys"]]
+            file = self.run_dir.write_replay(record["step"], record | {"keys": keys, "seed": self.cfg.seed})
+            numbers = f"loss {record['loss']}, gradient norm {record['grad_norm']}"
+            if record["finite"]:
+                medians = f"loss {record['median_loss']}, gradient norm {record['median_grad_norm']}"
+                log.warning("step %d jumped (%s; median before: %s): %s", record["step"], numbers, medians, file)
+            else:
                 log.info("step %d was not finite (%s) and was skipped: %s", record["step"], numbers, file)
         if recent.in_a_row > self.cfg.train.max_skips:
             raise UserError(
@@ -230,24 +260,52 @@ class _Task:
 
 
 class _Recent:
-    """The steps of the current interval, to find skipped ones without waiting for the device after each step."""
+    """The steps of the current interval, to find odd ones without waiting for the device after each step.
+
+    A step jumps if its loss or its gradient norm is more than `SPREADS` times the spread of the last `WINDOW` finite
+    steps above their median, and more than twice as high. Of several in a row the first counts.
+    """
+
+    WINDOW, FEWEST, SPREADS = 100, 30, 10
 
     def __init__(self) -> None:
         self.in_a_row = 0
         self._steps: list[tuple[int, list[str], StepInfo]] = []
+        self._before = [deque[float](maxlen=self.WINDOW) for _ in ("loss", "gradient norm")]
+        self._jumped = False
 
     def add(self, step: int, batches: list[Batch], info: StepInfo) -> None:
         self._steps.append((step, [key for batch in batches for key in batch.keys], info))
 
-    def skipped(self) -> list[dict[str, Any]]:
-        """A record of each step that was skipped since the previous call."""
+    def drain(self) -> list[dict[str, Any]]:
+        """A record of each step since the previous call that was skipped or jumped."""
+        if not self._steps:
+            return []
+        infos = [info for _, _, info in self._steps]
+        read = torch.stack([value.float() for info in infos for value in (info.finite, info.loss, info.grad_norm)])
         records = []
-        for step, keys, info in self._steps:
-            finite = bool(info.finite.item())
-            self.in_a_row = 0 if finite else self.in_a_row + 1
+        for (step, keys, _), (finite, *values) in zip(self._steps, read.view(-1, 3).tolist()):
+            record = {"step": step, "finite": bool(finite), "loss": str(values[0]), "grad_norm": str(values[1])}
             if not finite:
-                records.append(
-                    {"step": step, "loss": str(info.loss.item()), "grad_norm": str(info.grad_norm.item()), "keys": keys}
-                )
+                self.in_a_row += 1
+                records.append(record | {"keys": keys})
+                continue
+            self.in_a_row = 0
+            jumps = any(self._exceeds(value, before) for value, before in zip(values, self._before))
+            if jumps and not self._jumped:
+                medians = [statistics.median(before) for before in self._before]
+                record |= {"median_loss": medians[0], "median_grad_norm": medians[1]}
+                records.append(record | {"keys": keys})
+            self._jumped = jumps
+            for value, before in zip(values, self._before):
+                before.append(value)
         self._steps.clear()
         return records
+
+    def _exceeds(self, value: float, before: deque[float]) -> bool:
+        if len(before) < self.FEWEST:
+            return False
+        median = statistics.median(before)
+        # the median of deviations does not see single earlier jumps; 1.48 of it is a normal distribution's deviation
+        spread = 1.48 * statistics.median(abs(other - median) for other in before)
+        return value - median > self.SPREADS * max(spread, 0.1 * abs(median))

@@ -1,22 +1,30 @@
 """A report about a run that hangs."""
 
+import pickle
 import sys
 import threading
 import traceback
 from contextlib import AbstractContextManager
+from pathlib import Path
 from types import TracebackType
+
+from torch._C import _distributed_c10d
 
 from mixar.log import log
 
+# torch's flight recorders of the last collectives; a torch without NCCL lacks the first
+RECORDERS = {"nccl": "_dump_nccl_trace", "gloo": "_dump_fr_trace"}
+
 
 class Watchdog(AbstractContextManager):
-    """Logs the stack of every thread of this rank after `timeout` seconds without a `beat`.
+    """Logs the stack of every thread of this rank after `timeout` seconds without a `beat`, and writes what torch's
+    flight recorders hold to `folder`/nccl_<rank> and gloo_<rank>.
 
     It does not end the run: the other ranks' collectives time out a little later, and the launcher ends this rank.
     """
 
-    def __init__(self, timeout: float) -> None:
-        self.timeout = timeout
+    def __init__(self, timeout: float, folder: Path, rank: int) -> None:
+        self.timeout, self.folder, self.rank = timeout, folder, rank
         self._step: int | None = None
         self._beaten, self._over = threading.Event(), False
 
@@ -42,7 +50,23 @@ class Watchdog(AbstractContextManager):
                 continue
             log.error("no step in %g s since step %s began; the threads of this rank:\n%s", self.timeout, self._step,
                       _stacks())  # fmt: skip
+            self._write_records()
             self._beaten.wait()  # reported once
+
+    def _write_records(self) -> None:
+        for backend, name in RECORDERS.items():
+            dump = getattr(_distributed_c10d, name, None)
+            record = dump() if dump is not None else b""
+            if not record or not pickle.loads(record)["entries"]:
+                continue  # no collective of this backend
+            file = self.folder / f"{backend}_{self.rank}"
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(record)
+            except OSError as error:
+                log.error("%s cannot be written (%s)", file, error.strerror)
+            else:
+                log.error("the last collectives of %s are in %s", backend, file)
 
 
 def _stacks() -> str:

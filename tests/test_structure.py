@@ -23,7 +23,7 @@ FLOORS = (
     "codecs prior mixing",
     "data model",
     "engine sampling metrics",
-    "checkpoint evaluation objectives plan watch",
+    "checkpoint evaluation objectives plan profiler watch",
     "tasks trainer",
     "train",
     "demo",

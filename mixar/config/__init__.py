@@ -1,6 +1,6 @@
 """The config: every key is defined once, and set by defaults < yaml < `key=value`, then checked."""
 
-from mixar.config.checks import check_sample, check_sample_values
+from mixar.config.checks import check_sample, check_sample_values, profiled_steps
 from mixar.config.inputs import check_inputs, missing_inputs
 from mixar.config.knobs import (
     ATTENTIONS,
@@ -63,6 +63,7 @@ __all__ = [
     "images_per_pass",
     "load_config",
     "missing_inputs",
+    "profiled_steps",
     "renamed",
     "respaced_steps",
     "section_from_dict",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import unicodedata
 from typing import Any
 
@@ -9,6 +10,8 @@ from mixar.config.knobs import LEVELS, Config, SampleConfig
 from mixar.config.passes import images_per_pass
 from mixar.config.respacing import RESPACINGS, respaced_steps
 from mixar.errors import SettingError, UserError
+
+MOST_PROFILED = 100  # a step of a large model is megabytes of trace
 
 
 def validate(config: Config) -> None:
@@ -21,10 +24,30 @@ def validate(config: Config) -> None:
     _check_values(config)
     _check_networks(config)
     _check_tokens(config)
+    profiled_steps(config.train.profile)
     images_per_pass(config, ranks=1)
     check_sample(config.sample)
     if config.task == "mixar":
         RESPACINGS[config.model.process](config.sample.diffusion_steps, config.sample.diffusion_start + 1)
+
+
+def profiled_steps(profile: str | None) -> range:
+    """The steps of `train.profile`, FIRST:COUNT; the first step of a run is 0.
+
+    Raises:
+        SettingError: another form, or too many steps.
+    """
+    if profile is None:
+        return range(0)
+    found = re.fullmatch(r"([0-9]{1,12}):([0-9]{1,3})", profile)
+    first, count = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= count <= MOST_PROFILED:
+        raise SettingError(
+            f"{{}} is not FIRST:COUNT, the first step and a number of steps from 1 to {MOST_PROFILED}: write {{}}, or "
+            "leave it out",
+            ("train.profile", profile), ("train.profile", "100:3"),
+        )  # fmt: skip
+    return range(first, first + count)
 
 
 def check_sample(sample: SampleConfig) -> None:

@@ -224,6 +224,7 @@ class TrainConfig:
     keep: int = _number(3, 1, 10**6)  # number of newest checkpoints to keep
     samples_every: float = _number(10.0, 0, _EPOCHS)  # epochs between sample grids; 0 is off
     max_skips: int = _number(10, 0, 10**9)  # consecutive non-finite steps skipped before the run stops
+    profile: str | None = None  # FIRST:COUNT: trace these steps of rank 0 into the run's tb/; the first step is 0
 
 
 @dataclass

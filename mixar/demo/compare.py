@@ -1,6 +1,5 @@
 """The four guidances side by side, on the same shards, seeds and number of images."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from mixar.demo.stages import Demo
 from mixar.environment import environment
 from mixar.evaluation import evaluate
 from mixar.files import write_json
+from mixar.metrics import read_metrics
 from mixar.model import guidance_of
 from mixar.plan import parameter_count
 from mixar.train import train
@@ -56,6 +56,5 @@ def compare(demo: Demo) -> list[dict[str, Any]]:
 
 def median_step(run: Path, batch: int) -> float:
     """Seconds per training step, the median over the logged intervals: one disturbed interval does not change it."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    rates = torch.tensor([json.loads(line)["images_per_second"] for line in lines])
+    rates = torch.tensor([record["speed/images_per_second"] for record in read_metrics(run)])
     return batch / rates.median().item()

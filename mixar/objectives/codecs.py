@@ -71,7 +71,8 @@ class VAEObjective(CodecObjective):
         reconstruction = reconstruction_loss(output, images)
         divergence = kl(moments).mean()
         loss = reconstruction + self.cfg.vae.kl_weight * divergence
-        return loss, {"loss": mean_of(loss), "reconstruction": mean_of(reconstruction), "kl": mean_of(divergence)}
+        parts = {"loss": loss, "loss/reconstruction": reconstruction, "loss/kl": divergence}
+        return loss, {name: mean_of(value) for name, value in parts.items()}
 
     def reconstruct(self, model: nn.Module, images: Tensor) -> Tensor:
         assert isinstance(model, VAE)
@@ -98,8 +99,9 @@ class TokenizerObjective(CodecObjective):
         output, parts = model(images, self._assignment)
         reconstruction = reconstruction_loss(output, images)
         loss = reconstruction + parts.pop("quantizer_loss")
-        scalars = {"loss": mean_of(loss), "reconstruction": mean_of(reconstruction)}
-        return loss, scalars | {name: mean_of(value) for name, value in parts.items()}
+        named = {"loss": loss, "loss/reconstruction": reconstruction}
+        named |= {f"loss/{name.removesuffix('_loss')}": value for name, value in parts.items()}
+        return loss, {name: mean_of(value) for name, value in named.items()}
 
     def reconstruct(self, model: nn.Module, images: Tensor) -> Tensor:
         assert isinstance(model, Tokenizer)

@@ -1,8 +1,9 @@
 """The computation of a training step: tokens per image in each part, and their FLOP."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from mixar.config import Config, ModelConfig
@@ -110,6 +111,22 @@ def prior_flops(prior: Prior) -> float:
     cfg, n = prior.config, prior.config.grid**2
     linear = sum(2 * (n + name.startswith("transformer.")) * size for name, size in matrices(prior).items())
     return linear + 4 * cfg.depth * cfg.width * (n + 1) ** 2
+
+
+def step_flops(cfg: Config, images: int, prior: Prior | None) -> Callable[[float], float]:
+    """FLOP per image of a step of MixAR, by epoch: the model's, and the prior's while TI-Mix runs it.
+
+    What `engine.recompute` computes twice counts once, as MFU is defined.
+
+    Args:
+        images: images per pass.
+        prior: that of TI-Mix online.
+    """
+    with torch.device("meta"):
+        model = MixAR(cfg.model)
+    own = sum(training_flops(model, mean_tokens(cfg, images)).values())
+    drawing = 0.0 if prior is None else prior_flops(prior)
+    return lambda epoch: own + drawing * (ground_truth_share(cfg.ti_mix, epoch) < 1)
 
 
 def prior_share(cfg: Config) -> float:

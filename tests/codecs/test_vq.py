@@ -47,7 +47,7 @@ def made(make_config, home) -> Path:
 def test_the_tokenizer_learns_and_is_exported(make_config, made) -> None:
     run = Path(make_config("tokenizer").run_dir)
     first, *_, last = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    assert last["loss"] < first["loss"] and {"codebook_loss", "commitment_loss", "avg_entropy"} <= last.keys()
+    assert last["loss"] < first["loss"] and {"loss/codebook", "loss/commitment", "loss/avg_entropy"} <= last.keys()
     about, state = read_export(run / "exports" / "160-ema", "tokenizer")
     assert (about["config"]["kind"], about["config"]["code_dim"]) == ("vq", 5)
     assert state["quantize.codebook"].shape == (64, 5)

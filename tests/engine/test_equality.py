@@ -102,8 +102,8 @@ def test_each_engine_equals_one_process(runs, engine, world) -> None:
     one, many = run(runs, "ddp", 1), run(runs, engine, world)
     assert len(records(many)) == 30 and records(many)[-1]["ti_mix/generated"] > 0
     assert largest(records(many), records(one), "loss") < 1e-6
-    assert largest(records(many), records(one), "grad_norm") < 1e-5
-    assert largest(records(many), records(one), "ema_distance") < 1e-5
+    assert largest(records(many), records(one), "optim/grad_norm") < 1e-5
+    assert largest(records(many), records(one), "optim/ema_distance") < 1e-5
     for mine, theirs in zip(complete_checkpoints(many), complete_checkpoints(one)):
         found, expected = state(mine), state(theirs)
         assert found["updates"].item() == int(mine.name) / 32

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -118,6 +119,10 @@ def test_a_rank_that_hangs_is_seen_in_the_log(home, tmp_path) -> None:
     assert time.monotonic() - begun < 100
     told = (run / "log.txt").read_text()
     assert "rank 1: no step in 8 s since step 2 began" in told and "in slow" in told and told.count("MainThread:") == 2
+    assert "the last collectives of gloo are in" in told
+    assert sorted(file.name for file in (run / "flight").iterdir()) == ["gloo_0", "gloo_1"], "NCCL was not used"
+    entries = [len(pickle.loads((run / "flight" / f"gloo_{rank}").read_bytes())["entries"]) for rank in (0, 1)]
+    assert entries[0] > entries[1] > 0, "rank 0 waits in a collective that rank 1 has not begun"
 
 
 def test_a_step_that_is_not_finite_is_skipped_by_all_ranks(home, tmp_path) -> None:

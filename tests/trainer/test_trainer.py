@@ -47,7 +47,8 @@ def test_a_run_leaves_what_the_contract_says(whole) -> None:
     assert (whole / "exports" / "160-ema" / "config.json").is_file()
     last = records(whole)[-1]
     assert last["step"] == 10 and last["images"] == 160
-    wanted = {"loss", "lr", "grad_norm", "images_per_second", "data_wait", "ema_distance"}
+    wanted = {"loss", "optim/lr", "optim/grad_norm", "optim/ema_distance"}
+    wanted |= {"speed/images_per_second", "speed/seconds_per_step", "speed/data_wait"}
     wanted |= {"ti_mix/lambda", "ti_mix/generated"}
     assert wanted <= set(last)
     assert any(name.startswith("loss/t") for name in last) and any(name.startswith("loss/mask") for name in last)
@@ -82,8 +83,11 @@ def test_ten_steps_equal_five_a_kill_and_five(home, whole, tmp_path) -> None:
     assert "resuming" in (run / "log.txt").read_text()
     resumed, uninterrupted = exported_weights(run), exported_weights(whole)
     assert all(torch.equal(resumed[name], value) for name, value in uninterrupted.items())
-    untimed = lambda r: {k: v for k, v in r.items() if k not in ("images_per_second", "data_wait", "time")}
+    untimed = lambda r: {k: v for k, v in r.items() if k != "time" and not k.startswith("speed/")}
     assert [untimed(r) for r in records(run)] == [untimed(r) for r in records(whole)]
+    board = EventAccumulator(str(run / "tb"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("loss")] == [r["step"] for r in records(run)]
 
 
 def test_a_run_goes_on_where_each_rank_has_less_than_a_micro_batch(home, whole, tmp_path) -> None:
