@@ -13,10 +13,10 @@ import mixar
 
 ROOT = Path(mixar.__file__).parent
 FLOORS = (
-    "cards environment errors rng signals",
+    "cards environment errors signals",
     "files log resources slurm",
     "ops",
-    "config weights dist",
+    "config rng weights dist",
     "sampling_flags",
     "command_line",
     "codecs prior mixing",

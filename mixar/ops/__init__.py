@@ -5,6 +5,7 @@ Each has a reference in plain PyTorch here, and a CPU and a CUDA kernel in csrc/
 
 from mixar.ops.mix_gather import code_bits, mix_gather
 from mixar.ops.native import load
+from mixar.ops.random import random_bits, random_normal, random_uniform
 from mixar.ops.timestep_embed import timestep_embed
 
-__all__ = ["code_bits", "load", "mix_gather", "timestep_embed"]
+__all__ = ["code_bits", "load", "mix_gather", "random_bits", "random_normal", "random_uniform", "timestep_embed"]
