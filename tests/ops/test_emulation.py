@@ -102,12 +102,11 @@ def test_rows_beyond_two_to_the_31_elements(emulated: Emulated) -> None:
 INDEX = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63), 12345678901])
 
 
-# one of everything, none, odd counts, whole vectors or not, and more than the threads of all blocks have at once
-@pytest.mark.parametrize("count", [0, 1, 2, 7, 64, 1023, 5120])
-@pytest.mark.parametrize("images", [0, 1, 6, 600])
-def test_random_numbers(emulated: Emulated, images: int, count: int) -> None:
-    if images * count > 10**5:
-        count = 3
+# images and numbers: none, one, odd counts, whole vectors or not, and more than all threads have at once
+DRAWN = [(0, 3), (3, 0), (1, 1), (6, 2), (6, 7), (6, 64), (5, 1023), (3, 5120), (2500, 1), (600, 60)]
+
+
+def check_random(emulated: Emulated, images: int, count: int) -> None:
     index = torch.cat([INDEX, torch.arange(max(0, images - len(INDEX)))])[:images]
     for key, start in ((0, 0), (-7, 2**40 + 1), (2**62, 5)):
         given = (index, key, start, count)
@@ -121,6 +120,11 @@ def test_random_numbers(emulated: Emulated, images: int, count: int) -> None:
         truth = torch.stack([radius * angle.cos(), radius * angle.sin()], -1).flatten(1)[:, :count]
         torch.testing.assert_close(found.double(), truth, rtol=4 * 2**-23, atol=1e-12)
         torch.testing.assert_close(found, normal_reference(*given), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("images", "count"), DRAWN)
+def test_random_numbers(emulated: Emulated, images: int, count: int) -> None:
+    check_random(emulated, images, count)
 
 
 def test_the_ends_of_the_normal_law(emulated: Emulated) -> None:
@@ -192,6 +196,27 @@ def test_a_seeded_fault_is_caught(tmp_path: Path, file: str, old: str, new: str)
         for case in CASES:
             check(kernels, case)
         test_bfloat16_rounds_ties_to_even(kernels)
+
+
+RANDOM = "random_cuda.cu"
+RANDOM_MUTATIONS = [
+    (RANDOM, "column += columns", "column += m.count"),
+    (RANDOM, "first += kRows * rows", "first += m.images"),
+    (RANDOM, "(column + c) / each", "column / each"),
+    (RANDOM, "column % each", "0"),
+    ("random.h", "x >> 27", "int64_t(x) >> 27"),
+    ("random.h", "bits >> 8) & 0xFFFFFF", "bits >> 8)"),
+    ("launch.h", "width % N == 0", "true"),
+]
+
+
+@pytest.mark.parametrize(("file", "old", "new"), RANDOM_MUTATIONS, ids=range(len(RANDOM_MUTATIONS)))
+def test_a_seeded_fault_of_random_numbers_is_caught(tmp_path: Path, file: str, old: str, new: str) -> None:
+    folder = mutant(tmp_path / "csrc", file, old, new)
+    kernels = Emulated(compile_emulation(tmp_path / "mutant.so", [folder / RANDOM], folder, ["-shared", "-O0"]))
+    with pytest.raises((AssertionError, Fault)):
+        for images, count in DRAWN:
+            check_random(kernels, images, count)
 
 
 def test_sanitizers(tmp_path: Path) -> None:
