@@ -270,8 +270,14 @@ def _part() -> str:
 
 
 def _place() -> str:
-    file, frame = next(_frames(), ("?", sys._getframe()))
-    return f"mixar/{file}:{frame.f_lineno}"
+    """File and line of mixar's innermost call, or of that of another program outside of torch."""
+    for file, frame in _frames():
+        return f"mixar/{file}:{frame.f_lineno}"
+    frame: FrameType | None = sys._getframe(1)
+    libraries = str(Path(torch.__file__).parent), __file__
+    while frame is not None and frame.f_code.co_filename.startswith(libraries):
+        frame = frame.f_back
+    return "?" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
 def run_backward(
