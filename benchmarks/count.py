@@ -570,8 +570,9 @@ def trace_sampling(cfg: Config, diffusion_steps: int, images: int = 64) -> Trace
     return trace
 
 
-def count(cfg: Config, images: int, steps: int = 2) -> dict[str, Any]:
+def count(cfg: Config, steps: int = 2) -> dict[str, Any]:
     """All counts as plain values: of the passes, eager and compiled, of the optimizer's step, and of sampling."""
+    images = cfg.train.micro_batch or cfg.train.batch
     with_compile = lambda compile: replace(cfg, engine=replace(cfg.engine, name="ddp", compile=compile))
     eager, _ = trace_step(with_compile(False), images)
     compiled, graphs = trace_step(with_compile(True), images, steps)
@@ -652,7 +653,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--images", type=int, help="per micro-batch; the config's train.micro_batch if left out")
     parser.add_argument("--steps", type=int, default=2, help="compiled steps, over which recompilations are counted")
     parser.add_argument("--json", action="store_true", help="print plain values")
     args = parser.parse_intermixed_args()
@@ -660,7 +660,7 @@ def main() -> None:
         cfg = load_config(args.config, args.overrides)
         if cfg.task != "mixar":
             raise UserError(f"task={cfg.task} is not counted: name a config of task=mixar")
-        found = count(cfg, args.images or cfg.train.micro_batch or cfg.train.batch, args.steps)
+        found = count(cfg, args.steps)
     except UserError as error:
         sys.exit(f"count.py: {error}")
     print(json.dumps(found, indent=2) if args.json else render(found))

@@ -210,7 +210,7 @@ def test_trust_is_of_one_command(file: Path, capsys: pytest.CaptureFixture[str])
 def test_every_number_has_a_range_and_every_word_its_choices() -> None:
     for key, kind, field in keys():
         follows = isinstance(field.default, str) and field.default.startswith("${")
-        if kind not in (bool, str, str | None) and not follows:
+        if kind not in (bool, bool | None, str, str | None) and not follows:
             low, high = field.metadata["limits"]
             assert math.isfinite(low) and math.isfinite(high) and low < high, key
         if "choices" in field.metadata:

@@ -126,7 +126,7 @@ def test_the_ceilings_of_the_large_model() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the counter stands in for a card that is not there")
-@pytest.mark.parametrize(("args", "share"), [(["mixar_l", "--images", "32"], 0.41), (["mixar_b"], 0.36)])
+@pytest.mark.parametrize(("args", "share"), [(["mixar_l", "train.micro_batch=32"], 0.41), (["mixar_b"], 0.36)])
 def test_the_share_of_the_peak_of_smaller_work(args: list[str], share: float) -> None:
     config, *rest = args
     assert counted(str(ROOT / f"configs/{config}.yaml"), *rest)["compiled"]["mfu"] >= share

@@ -71,7 +71,7 @@ PARSED = (
     "mixar plan configs/mixar_l_512.yaml --gpus 32",
     "mixar doctor configs/mixar_h.yaml",
     "sbatch slurm/train_h.sh",
-    "sbatch --nodes=8 slurm/train_h.sh configs/mixar_h.yaml engine.compile=true",
+    "sbatch --nodes=8 slurm/train_h.sh configs/mixar_h.yaml",
     "slurm/pipeline.sh l data.images=/data/imagenet/train -- --reference /data/imagenet/train --crop 256",
 )
 # Run elsewhere.

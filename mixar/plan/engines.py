@@ -11,11 +11,20 @@ from mixar.model import MixAR
 from mixar.plan.activations import activation_bytes
 from mixar.plan.work import Tokens, matrices
 
-UTILISATION = {False: 0.17, True: 0.35}  # share of the card's peak, without and with `engine.compile`
+# share of the card's peak without and with `engine.compile`, by the backbone's width: what benchmarks/count.py makes of
+# mixar_b, mixar_l and mixar_h at their micro-batches
+UTILISATION = {768: (0.27, 0.36), 1024: (0.33, 0.42), 1280: (0.34, 0.42)}
 OVERLAP = 0.7  # share of the communication that can overlap with the computation
 LINK = 0.8  # share of a link's specified bandwidth
 DEEPSPEED_BUCKET = 500_000_000  # gradient values per bucket: DeepSpeed's default of reduce_bucket_size
 DEEPSPEED_LIVE = 1_000_000_000  # weight values gathered at a time: its default of stage3_max_live_parameters
+
+
+def utilisation(cfg: Config, engine: str) -> float:
+    """The share of the card's peak that a run is planned with: that of the counted model of the nearest width."""
+    compiled = engine != "zero3" if cfg.engine.compile is None else cfg.engine.compile
+    nearest = min(UTILISATION, key=lambda width: abs(width - cfg.model.encoder_width))
+    return UTILISATION[nearest][compiled]
 
 
 @dataclass(frozen=True)
@@ -126,14 +135,14 @@ class Layout:
         across = sent / local if self.nodes > 1 else 0.0
         return {"within": sent - across, "across": across}
 
-    def seconds(self, moved: dict[str, float], flops: float, card: Card) -> float:
-        """Seconds per step: the computation at `UTILISATION`, and the communication that does not overlap with it.
+    def seconds(self, engine: str, moved: dict[str, float], flops: float, card: Card) -> float:
+        """Seconds per step: the computation at `utilisation`, and the communication that does not overlap with it.
 
         Args:
             flops: FLOP executed per image.
         """
         peak = card.bf16 if self.cfg.train.precision == "bf16" else card.fp32
-        work = self.passes * self.micro * flops / (peak * UTILISATION[self.cfg.engine.compile is not False])
+        work = self.passes * self.micro * flops / (peak * utilisation(self.cfg, engine))
         talk = moved["within"] / (card.nvlink * LINK) + moved["across"] / (card.network * LINK)
         return work + talk - min(OVERLAP * talk, work)
 
@@ -188,7 +197,7 @@ def engine_plans(layout: Layout, card: Card, flops: float, steps: int | None) ->
         if plan["memory"]["total"] > card.memory:
             plan |= {"fits": False, "fixes": layout.fixes(engine, card.memory)}
             continue
-        seconds = layout.seconds(plan["moved"], flops, card)
+        seconds = layout.seconds(engine, plan["moved"], flops, card)
         plan |= {"fits": True, "step_seconds": seconds, "images_per_second": layout.cfg.train.batch / seconds}
         plan["days"] = None if steps is None else steps * seconds / 86400
     return plans

@@ -76,7 +76,7 @@ def make_plan(cfg: Config, images: int | None = None, gpus: int | None = None, c
         plan["passes"] = layout.passes
         plan["chosen"] = {launcher: layout.engine(launcher) for launcher in ("torchrun", "deepspeed")}
         plan["engines"] = engine_plans(layout, CARDS[card], executed, steps)
-        plan["assumptions"] = assumptions(card, cfg.engine.compile is not False, cfg.train.precision)
+        plan["assumptions"] = assumptions(card, cfg)
     return plan
 
 

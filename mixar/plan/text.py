@@ -3,7 +3,8 @@
 from typing import Any
 
 from mixar.cards import CARDS, GPUS_A_NODE
-from mixar.plan.engines import DEEPSPEED_BUCKET, DEEPSPEED_LIVE, LINK, OVERLAP, UTILISATION
+from mixar.config import Config
+from mixar.plan.engines import DEEPSPEED_BUCKET, DEEPSPEED_LIVE, LINK, OVERLAP, utilisation
 
 _WIDTH = 15  # of the names' column
 _PARTS = ("weights", "gradients", "adam", "ema", "gathered", "bf16_copies", "prior", "activations", "total")
@@ -66,20 +67,18 @@ def _conclusions(plan: dict[str, Any]) -> list[str]:
     return lines
 
 
-def assumptions(card_name: str, compiled: bool, precision: str) -> list[str]:
+def assumptions(card_name: str, cfg: Config) -> list[str]:
     """The assumptions of a plan with GPUs."""
-    card = CARDS[card_name]
+    card, precision = CARDS[card_name], cfg.train.precision
     peak = card.bf16 if precision == "bf16" else card.fp32
-    anchor = (
-        "the lower end of reports of compiled transformers of 0.8 to 1.3 B parameters on H100, 35-43 %"
-        if compiled
-        else f"the upper end of published MAR-L runs, 9-17 %; engine.compile=true is planned at {UTILISATION[True]:.0%}"
-    )
+    shares = {engine: f"{utilisation(cfg, engine):.0%}" for engine in ("ddp", "zero3")}
+    share = shares["ddp"] if len(set(shares.values())) == 1 else f"{shares['ddp']} (zero3 {shares['zero3']})"
     return [
         f"{card_name}: {card.memory / 1e9:.0f} GB, {peak / 1e12:.0f} TFLOP/s dense in {precision}, "
         f"{card.nvlink / 1e9:.0f} GB/s to its node and {card.network / 1e9:.0f} GB/s to other nodes in one direction, "
         f"as its maker specifies for nodes of {GPUS_A_NODE}",
-        f"the computation reaches {UTILISATION[compiled]:.0%} of that peak: {anchor}",
+        f"the computation reaches {share} of that peak, as `python benchmarks/count.py` counts for the nearest of the "
+        "paper's models at its micro-batch on an H100; published MAR-L runs reach 9-17 %",
         f"links reach {LINK:.0%} of their bandwidth; {OVERLAP:.0%} of the communication overlaps with the computation; "
         "latency is not counted, which favours engines that gather over many nodes",
         "weights, gradients, Adam's moments and EMA are float32; the peaks of the parts are summed, though they do not "
