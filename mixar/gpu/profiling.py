@@ -83,7 +83,7 @@ def _times(engine: Engine, batches: list[list[Batch]], device: torch.device) -> 
 
 
 def launches_of(work: Callable[[], Any], device: torch.device) -> list[Launch]:
-    """The kernels and copies that `work` runs on a card; on a CPU the operators that call no other one."""
+    """The kernels and copies that `work` runs on a card; on a CPU the operators, without those that they call."""
     with profile() as profiled:
         work()
         synchronise(device)
@@ -91,7 +91,7 @@ def launches_of(work: Callable[[], Any], device: torch.device) -> list[Launch]:
         events = [e for e in profiled.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
         return [Launch(event.name, event.time_range.elapsed_us() / 1e6) for event in events]
     events = [event for event in profiled.events() if event.name.startswith(("aten::", "mixar::"))]
-    return [Launch(event.name, event.self_cpu_time_total / 1e6) for event in events if not event.cpu_children]
+    return [Launch(event.name, event.self_cpu_time_total / 1e6) for event in events]
 
 
 def longest(launches: list[Launch]) -> list[dict[str, Any]]:

@@ -1,11 +1,12 @@
 """Runs without shards or public weights: batches of the config's sizes, networks with random weights."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixar import rng
 from mixar.codecs import VAE, LatentNorm, Tokenizer, build_tokenizer
@@ -21,6 +22,7 @@ from mixar.ops import load
 from mixar.prior import Prior
 from mixar.rng import Stream
 
+Network = TypeVar("Network", bound=nn.Module)
 FEW = 2  # blocks that are enough to have a first and a last one
 
 
@@ -64,17 +66,21 @@ class RandomNetworks(Frozen):
 
     @cached_property
     def vae(self) -> VAE:
-        with self.device:
-            return VAE(self.cfg.vae).eval().requires_grad_(False)
+        return self._random(lambda: VAE(self.cfg.vae), self.device)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return build_tokenizer(self.cfg.tokenizer).eval().requires_grad_(False)
+        return self._random(lambda: build_tokenizer(self.cfg.tokenizer), torch.device("cpu"))
 
     @cached_property
     def prior(self) -> Prior:
-        with self.device:
-            return Prior(self.cfg.prior).eval().requires_grad_(False)
+        return self._random(lambda: Prior(self.cfg.prior), self.device)
+
+    def _random(self, build: Callable[[], Network], device: torch.device) -> Network:
+        """A network with the same weights in each process."""
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+            torch.manual_seed(0)
+            return build().eval().requires_grad_(False)
 
 
 class SyntheticObjective(MixARObjective):
