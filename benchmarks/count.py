@@ -36,14 +36,16 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from mixar.cards import CARDS
 from mixar.codecs import LatentNorm
 from mixar.config import Config, load_config
-from mixar.data.batch import Batch
+from mixar.data.batch import Batch, PreDrawn
 from mixar.dist import Place
 from mixar.engine import build_engine
-from mixar.mixing import masked_counts
+from mixar.mixing import masked_counts, ratio_quantile
 from mixar.model import MixAR
 from mixar.model.head import Head
 from mixar.objectives import MixARObjective
+from mixar.objectives.frozen import Frozen
 from mixar.plan.work import Tokens, training_flops
+from mixar.prior import Prior
 
 ROOT = Path(__file__).parents[1]
 aten = torch.ops.aten
@@ -57,7 +59,7 @@ _WITHOUT_KERNEL = {
 }  # fmt: skip
 
 CARD = torch.device("cuda", 0)
-PARTS = ("random", "dropout", "attention", "backbone", "head", "loss", "optimizer", "other")
+PARTS = ("random", "dropout", "attention", "backbone", "head", "loss", "prior", "optimizer", "other")
 
 # the queue model, of an H100
 LAUNCH = 5e-6  # seconds of the host per kernel
@@ -104,13 +106,16 @@ class Trace(TorchDispatchMode):
         self.made_by: dict[int, str] = {}  # autograd's sequence number to the part that made the node
         self.backward_part: str | None = None
         self.compiled_part = "other"
+        self.pinned: list[Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         asked = kwargs.get("device")
         if func is aten._pin_memory.default or func is aten.is_pinned.default:
-            return True if func is aten.is_pinned.default else args[0]
+            if func is aten._pin_memory.default:
+                self.pinned.append(args[0])
+            return any(x is args[0] for x in self.pinned) if func is aten.is_pinned.default else args[0]
         if not any(x.is_cuda for x in inputs) and (asked is None or torch.device(asked).type != "cuda"):
             return func(*args, **kwargs)
         if func is aten._local_scalar_dense.default or (func is aten._to_copy.default and asked is not None):
@@ -122,7 +127,7 @@ class Trace(TorchDispatchMode):
             args, kwargs = tree_map_only(Tensor, self._faked, (args, kwargs))
             out = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        self._record(func, inputs, outputs, args)
+        self._record(func, inputs, outputs, args, kwargs)
         return out
 
     def _faked(self, tensor: Tensor) -> Tensor:
@@ -132,7 +137,8 @@ class Trace(TorchDispatchMode):
         """Note a copy between host and device that waits: memory of the host that is not pinned, or a value read."""
         to = kwargs.get("device")
         same = to is not None and torch.device(to).type == source.device.type
-        if not same and not kwargs.get("non_blocking", False):
+        waits = not kwargs.get("non_blocking", False) or not (source.is_cuda or any(x is source for x in self.pinned))
+        if not same and waits:
             self.blocking.append(f"{_place()} {func}")
 
     def _index_on_host(self, func: Any, args: Any) -> None:
@@ -142,13 +148,13 @@ class Trace(TorchDispatchMode):
             if func is aten.nonzero.default or any(not x.is_cuda or x.dtype == torch.bool for x in indices):
                 self.blocking.append(f"{_place()} {func}")
 
-    def _record(self, func: Any, inputs: list[Tensor], outputs: list[Tensor], args: Any) -> None:
+    def _record(self, func: Any, inputs: list[Tensor], outputs: list[Tensor], args: Any, kwargs: Any) -> None:
         part = self.backward_part or _part()
         if self.backward_part is None:
             self.made_by.setdefault(torch._C._autograd._get_sequence_nr(), part)  # the first operator after its node
         if func in _WITHOUT_KERNEL or _is_view(func) or not (outputs or func._schema.is_mutable):
             return
-        written = outputs or inputs[:1]
+        written = outputs or _written(func, args, kwargs)
         moved = sum(map(_bytes, {id(x): x for x in inputs}.values())) + sum(map(_bytes, written))
         flops = _product_flops(func, args)
         if _name(func) in _ATTENTION:
@@ -203,6 +209,13 @@ def _bytes(x: Tensor) -> int:
     return elements * x.element_size()
 
 
+def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The arguments that an operator without outputs writes to."""
+    named = [(a, args[i] if i < len(args) else kwargs.get(a.name)) for i, a in enumerate(func._schema.arguments)]
+    return [x for a, value in named if a.alias_info is not None and a.alias_info.is_write
+            for x in tree_leaves(value) if isinstance(x, Tensor)]  # fmt: skip
+
+
 def _product_flops(func: Any, args: Any) -> float:
     """FLOP of a matrix product, 0 for other operators."""
     first = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}.get(_name(func))
@@ -215,10 +228,11 @@ def _product_flops(func: Any, args: Any) -> float:
 _FILES = {
     "rng.py": "random", "ops/random.py": "random", "model/dropout.py": "dropout", "model/attention.py": "backbone",
     "model/blocks.py": "backbone", "model/guidance.py": "backbone", "model/head.py": "head", "model/process.py": "loss",
-    "model/diffusion.py": "loss", "model/flow.py": "loss", "model/mixar.py": "backbone",
-    "engine/native.py": "optimizer",
-    "engine/base.py": "optimizer", "engine/optim.py": "optimizer",
+    "model/diffusion.py": "loss", "model/flow.py": "loss", "model/mixar.py": "backbone", "objectives/mixar.py": "loss",
+    "objectives/base.py": "loss", "mixing/masking.py": "loss", "codecs/latents.py": "loss", "prior/lfqbert.py": "prior",
+    "prior/sampling.py": "prior", "sampling/autoregressive.py": "loss",
 }  # fmt: skip
+_STEP = {"_update", "_update_ema"}  # the engine's functions after the passes
 
 
 def _frames() -> Iterator[tuple[str, FrameType]]:
@@ -233,7 +247,12 @@ def _frames() -> Iterator[tuple[str, FrameType]]:
 
 
 def _part() -> str:
-    return next((_FILES[file] for file, _ in _frames() if file in _FILES), "other")
+    for file, frame in _frames():
+        if file in _FILES:
+            return _FILES[file]
+        if file.startswith("engine/") and frame.f_code.co_name in _STEP:
+            return "optimizer"
+    return "other"
 
 
 def _place() -> str:
@@ -427,6 +446,7 @@ def without_a_card(trace: Trace) -> Iterator[Graphs]:
         (torch, "compile", graphs.compile),
         (torch.autograd, "_engine_run_backward", partial(run_backward, trace)),
         (torch.utils._foreach_utils, "_foreach_supported_types", [Tensor, nn.Parameter, FakeTensor]),
+        (Frozen, "prior", property(prior_of)),
         (Place, "autocast", lambda place, precision: nullcontext()),  # set below: torch would refuse it without a card
     ]
     settings = {"force_disable_caches": True, "joint_graph_constant_folding": False}
@@ -451,15 +471,30 @@ class Fixed:
 
 
 def batch_of(cfg: Config, images: int, first: int = 0) -> Batch:
-    """A micro-batch on the card, with indices from `first` on."""
+    """A micro-batch on the card, with indices from `first` on, and pre-drawn tokens if the config asks for them."""
     host, model = list(range(first, first + images)), cfg.model
     side = model.grid * model.patch
+    ids = lambda *shape: torch.empty(*shape, dtype=torch.int64, device=CARD)
+    drawn = None
+    if cfg.ti_mix.enabled and cfg.ti_mix.source == "shards":
+        u = torch.rand(images, generator=torch.Generator().manual_seed(first))
+        ratio = ratio_quantile(u, cfg.mask.minimum, cfg.mask.std)
+        drawn = PreDrawn(
+            ids(images, model.tokens), (ratio * model.tokens).ceil().long().tolist(), ids(images, model.tokens)
+        )
     return Batch(
-        index=torch.empty(images, dtype=torch.int64, device=CARD), host_index=host, keys=[str(i) for i in host],
-        labels=torch.empty(images, dtype=torch.int64, device=CARD),
+        index=ids(images), host_index=host, keys=[str(i) for i in host], labels=ids(images),
         moments=torch.empty(images, 2 * model.latent_channels, side, side, dtype=torch.float16, device=CARD),
-        codes=torch.empty(images, model.tokens, dtype=torch.int64, device=CARD),
+        codes=ids(images, model.tokens), drawn=drawn,
     )  # fmt: skip
+
+
+def prior_of(frozen: Frozen) -> Prior:
+    """The prior of TI-Mix, with weights that nobody computes."""
+    with torch.device("meta"):
+        prior = Prior(frozen.cfg.prior).eval().to_empty(device=CARD)
+    prior.to = lambda device: prior  # type: ignore[method-assign,assignment,return-value]  # it is there already
+    return prior
 
 
 def trace_step(cfg: Config, images: int, steps: int = 2) -> tuple[Trace, Graphs, int]:
@@ -470,7 +505,7 @@ def trace_step(cfg: Config, images: int, steps: int = 2) -> tuple[Trace, Graphs,
     Returns:
         the kernels, the compiled graphs, and how many of these were made after the first step.
     """
-    trace = Trace()
+    trace, epoch = Trace(), cfg.train.epochs if cfg.ti_mix.enabled else 0.0
     norm = LatentNorm(torch.zeros(cfg.model.latent_channels), torch.ones(cfg.model.latent_channels))
     torch.set_autocast_dtype("cuda", torch.bfloat16)
     torch.set_autocast_enabled("cuda", cfg.train.precision == "bf16")
@@ -478,8 +513,8 @@ def trace_step(cfg: Config, images: int, steps: int = 2) -> tuple[Trace, Graphs,
     with without_a_card(trace) as graphs, trace:
         engine = build_engine(cfg, Fixed(MixARObjective(cfg, norm, CARD)), Place(0, 1, CARD))
         for step in range(steps):
-            trace.kernels.clear(), trace.blocking.clear()
-            engine.step([batch_of(cfg, images, step * images)], 0.0)
+            trace.kernels.clear(), trace.blocking.clear(), trace.pinned.clear()
+            engine.step([batch_of(cfg, images, step * images)], epoch)
             made = made or graphs.forward
     torch.set_autocast_enabled("cuda", False)
     return trace, graphs, graphs.forward - made
@@ -531,7 +566,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, help="per micro-batch; the config's train.micro_batch if left out")
     parser.add_argument("--top", type=int, default=0, help="also list the operators that take the longest")
     parser.add_argument("--json", action="store_true", help="print plain values")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     cfg = load_config(args.config, args.overrides)
     images = args.images or cfg.train.micro_batch or 64
     trace, graphs, again = trace_step(cfg, images)

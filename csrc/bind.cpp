@@ -21,6 +21,8 @@ using Maybe = std::optional<Tensor>;
 
 #ifdef MIXAR_CUDA
 #define MIXAR_DEVICE CUDA
+#define MIXAR_RANDOM(name, m, place) mixar_random_##name##_cuda(&m, place)
+constexpr int64_t kGroups = 32;  // of positions, whose sums for the map's gradient are separate
 
 // Runs launch(stream) on the tensor's device and current stream.
 template <typename F> void run(const Tensor& on, F launch) {
@@ -33,6 +35,8 @@ template <typename F> void run(const Tensor& on, F launch) {
 }
 #else
 #define MIXAR_DEVICE CPU
+#define MIXAR_RANDOM(name, m, place) (mixar::random_##name##_cpu(m, place), true)
+constexpr int64_t kGroups = 16;
 
 template <typename F> void run(const Tensor&, F launch) {
   const mixar::Parallel parallel = [](int64_t count, const mixar::Body& body) {
@@ -108,7 +112,7 @@ std::tuple<Tensor, Tensor, Tensor> mix_gather_backward(
     int64_t bits) {
   const Held held(slots, codes, drawn, rho, share);
   grad = Held::contiguous(grad);
-  const int64_t width = grad.size(2), groups = std::min<int64_t>(slots.size(1), 16);
+  const int64_t width = grad.size(2), groups = std::min(slots.size(1), kGroups);
   const mixar::Type gathered = type_of(gathered_type), rest = type_of(grad.scalar_type());
   const ScalarType sums = rest == mixar::Type::float64 ? ScalarType::Double : ScalarType::Float;
   Tensor d_encoded = torch::stable::new_empty(grad, {tokens, width}, gathered_type);
@@ -139,10 +143,45 @@ Tensor timestep_embed(Tensor t, Tensor frequencies, ScalarType type) {
   return out;
 }
 
+// The numbers of a batch's images [B, count]: draw(random, place) calls the kernel on a stream or with threads.
+template <typename F>
+Tensor random_numbers(Tensor index, int64_t key, int64_t start, int64_t count, ScalarType type, F draw) {
+  STD_TORCH_CHECK(index.dim() == 1 && index.scalar_type() == ScalarType::Long, "mixar: index int64 [B] needed");
+  STD_TORCH_CHECK(count >= 0, "mixar: ", count, " numbers per image");
+  index = Held::contiguous(index);
+  Tensor out = torch::stable::new_empty(index, {index.size(0), count}, type);
+  const mixar::Random m{
+      index.size(0), count, uint64_t(key), uint64_t(start), Held::data<int64_t>(index), out.data_ptr()};
+  run(out, [&](const auto& place) { return draw(m, place); });
+  return out;
+}
+
+Tensor random_bits(Tensor index, int64_t key, int64_t start, int64_t count) {
+  return random_numbers(index, key, start, count, ScalarType::Long,
+                        [](const auto& m, const auto& place) { return MIXAR_RANDOM(bits, m, place); });
+}
+
+Tensor random_uniform(Tensor index, int64_t key, int64_t start, int64_t count) {
+  return random_numbers(index, key, start, count, ScalarType::Float,
+                        [](const auto& m, const auto& place) { return MIXAR_RANDOM(uniform, m, place); });
+}
+
+#ifdef MIXAR_CUDA
+Tensor random_normal(Tensor index, int64_t key, int64_t start, int64_t count) {
+  return random_numbers(index, key, start, count, ScalarType::Float,
+                        [](const auto& m, const auto& place) { return MIXAR_RANDOM(normal, m, place); });
+}
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mixar, MIXAR_DEVICE, m) {
   m.impl("mix_gather", TORCH_BOX(&mix_gather));
   m.impl("mix_gather_backward", TORCH_BOX(&mix_gather_backward));
   m.impl("timestep_embed", TORCH_BOX(&timestep_embed));
+  m.impl("random_bits", TORCH_BOX(&random_bits));
+  m.impl("random_uniform", TORCH_BOX(&random_uniform));
+#ifdef MIXAR_CUDA
+  m.impl("random_normal", TORCH_BOX(&random_normal));  // the CPU composes it of bits and torch's vectorised functions
+#endif
 }

@@ -1,7 +1,9 @@
-// The functions of the CPU and the CUDA files for bind.cpp. Each returns false if it has no kernel for the types.
+// The functions of the CPU and the CUDA files for bind.cpp. Those for several types return false if they have no
+// kernel for the given ones.
 #pragma once
 
 #include "mix_gather.h"
+#include "random.h"
 #include "timestep_embed.h"
 
 namespace mixar {
@@ -9,6 +11,8 @@ namespace mixar {
 bool mix_gather_cpu(const MixGather& m, Type gathered, Type rest, const Parallel& parallel);
 bool mix_gather_backward_cpu(const MixGatherBackward& m, Type gathered, Type rest, const Parallel& parallel);
 bool timestep_embed_cpu(const TimestepEmbed& m, Type type, const Parallel& parallel);
+void random_bits_cpu(const Random& m, const Parallel& parallel);
+void random_uniform_cpu(const Random& m, const Parallel& parallel);
 
 }  // namespace mixar
 
@@ -18,4 +22,7 @@ int mixar_mix_gather_cuda(const mixar::MixGather* m, mixar::Type gathered, mixar
 int mixar_mix_gather_backward_cuda(
     const mixar::MixGatherBackward* m, mixar::Type gathered, mixar::Type rest, void* stream);
 int mixar_timestep_embed_cuda(const mixar::TimestepEmbed* m, mixar::Type type, void* stream);
+int mixar_random_bits_cuda(const mixar::Random* m, void* stream);
+int mixar_random_uniform_cuda(const mixar::Random* m, void* stream);
+int mixar_random_normal_cuda(const mixar::Random* m, void* stream);
 }

@@ -43,16 +43,16 @@ struct Source {
   int64_t slot, id;
 };
 
-// The source at index `at` of the flattened [B, P]: the slot of a visible token, else the mixed id (Eq. 12).
-MIXAR_FN Source source_at(const Sources& sources, int64_t at) {
-  const int64_t slot = sources.slots[at], position = at % sources.length - sources.prefix;
-  if (slot >= 0 || position < 0 || sources.codes == nullptr) return {slot, -1};
-  const int64_t code = at / sources.length * (sources.length - sources.prefix) + position;
+// The source of a position of an image: the slot of a visible token, else the mixed id (Eq. 12).
+MIXAR_FN Source source_at(const Sources& sources, int64_t image, int64_t position) {
+  const int64_t slot = sources.slots[image * sources.length + position], column = position - sources.prefix;
+  if (slot >= 0 || column < 0 || sources.codes == nullptr) return {slot, -1};
+  const int64_t code = image * (sources.length - sources.prefix) + column;
   const bool generated = sources.drawn != nullptr && sources.rho[code] >= *sources.share;
   return {slot, generated ? sources.drawn[code] : sources.codes[code]};
 }
 
-// The k-th bit of a token as -1 or +1; 0 for a dropped one.
-template <typename A> MIXAR_FN A sign_of(int64_t id, int k) { return id < 0 ? A(0) : A(2 * ((id >> k) & 1) - 1); }
+// The k-th bit of a token as -1 or +1, selected, since a conversion of integers is slow on a GPU.
+template <typename A> MIXAR_FN A sign_of(int64_t id, int k) { return (uint32_t(id) >> k & 1) != 0 ? A(1) : A(-1); }
 
 }  // namespace mixar

@@ -60,8 +60,9 @@ template <typename E, typename P> void forward(const MixGather& m, const Paralle
   const Filling<P> filling(m);
   parallel(m.sources.images * m.sources.length, [&](int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; ++at) {
-      const Source source = source_at(m.sources, at);
-      const P* position = positions + at % m.sources.length * m.width;
+      const int64_t image = at / m.sources.length, i = at % m.sources.length;
+      const Source source = source_at(m.sources, image, i);
+      const P* position = positions + i * m.width;
       P* out = static_cast<P*>(m.out) + at * m.width;
       if (source.slot >= 0) {
         add_row(encoded + source.slot * m.width, position, out, m.width);
@@ -145,7 +146,7 @@ template <typename E, typename P> void backward(const MixGatherBackward& m, cons
         for (int64_t image = 0; image < m.sources.images; ++image) {
           const int64_t at = image * m.sources.length + i;
           const P* grad = grads + at * m.width;
-          const Source source = source_at(m.sources, at);
+          const Source source = source_at(m.sources, image, i);
           for (int64_t d = 0; d < m.width; ++d) d_position[d] += load(grad[d]);
           if (source.slot >= 0) {
             E* d_encoded = static_cast<E*>(m.d_encoded) + source.slot * m.width;

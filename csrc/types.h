@@ -36,11 +36,20 @@ MIXAR_FN float load(bfloat16 x) {
 MIXAR_FN void store(float& to, float x) { to = x; }
 MIXAR_FN void store(double& to, double x) { to = x; }
 MIXAR_FN void store(bfloat16& to, float x) {
+#ifdef __CUDA_ARCH__
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
+#else
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
   // to the nearest, ties to even; a NaN stays a NaN, though rounding could clear its mantissa
   to.bits = uint16_t(x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+#endif
 }
+
+// N neighbouring elements, which a thread reads or writes at once, 16 bytes in each access.
+template <typename T, int N> struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
+  T at[N];
+};
 
 // Calls f with a value of each of two types: of gathered values, and of parameters and output.
 template <typename F> bool dispatch(Type gathered, Type rest, F f) {

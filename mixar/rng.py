@@ -2,7 +2,8 @@
 
 Every random number of training and sampling is keyed by the global index of its image, so that it is the same for any
 batch size and any number of ranks, and after resuming. The generator is SplitMix64 (Steele, Lea, Flood 2014): a counter
-times the golden ratio, followed by a 64-bit finaliser. The integer part is bit-exact on every device.
+times the golden ratio, followed by a 64-bit finaliser, in `mixar.ops.random`. The integer part is bit-exact on every
+device.
 """
 
 import math
@@ -10,6 +11,8 @@ from enum import IntEnum
 
 import torch
 from torch import Tensor
+
+from mixar.ops import random_bits, random_normal, random_uniform
 
 
 class Stream(IntEnum):
@@ -37,25 +40,13 @@ class Stream(IntEnum):
     INIT = 20
 
 
-def _signed(x: int) -> int:
-    """The int64 with the same 64 bits as the unsigned `x`."""
+def _key(seed: int, stream: Stream) -> int:
+    """The hash of seed and stream as int64, by the finaliser of SplitMix64 in Python's integers."""
+    x = (seed * 0x2545F4914F6CDD1D + int(stream)) % (1 << 64)
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % (1 << 64)
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % (1 << 64)
+    x ^= x >> 31
     return x - (1 << 64) if x >= 1 << 63 else x
-
-
-_GOLDEN = _signed(0x9E3779B97F4A7C15)
-_MIX1 = _signed(0xBF58476D1CE4E5B9)
-_MIX2 = _signed(0x94D049BB133111EB)
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    # torch's >> on int64 is arithmetic; the mask makes it logical
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _finalise(x: Tensor) -> Tensor:
-    x = (x ^ _shift_right(x, 30)) * _MIX1
-    x = (x ^ _shift_right(x, 27)) * _MIX2
-    return x ^ _shift_right(x, 31)
 
 
 def bits(seed: int, stream: Stream, index: Tensor, *shape: int, start: int = 0) -> Tensor:
@@ -70,32 +61,22 @@ def bits(seed: int, stream: Stream, index: Tensor, *shape: int, start: int = 0) 
     Returns:
         int64 [B, *shape] on `index`'s device.
     """
-    seed64 = _signed((seed * 0x2545F4914F6CDD1D + int(stream)) % (1 << 64))
-    key = _finalise(torch.full((), seed64, dtype=torch.int64, device=index.device))  # without a copy to wait for
-    row = _finalise(key + index * _GOLDEN)
-    counter = torch.arange(start + 1, start + 1 + math.prod(shape), device=index.device)
-    return _finalise(row[:, None] + counter * _GOLDEN).view(-1, *shape)
+    return random_bits(index, _key(seed, stream), start, math.prod(shape)).view(index.shape[0], *shape)
 
 
 def uniform(seed: int, stream: Stream, index: Tensor, *shape: int, start: int = 0) -> Tensor:
     """float32 [B, *shape], uniform on [0, 1) in steps of 2^-24. Arguments as in `bits`."""
-    return _shift_right(bits(seed, stream, index, *shape, start=start), 40).float() * 2.0**-24
+    return random_uniform(index, _key(seed, stream), start, math.prod(shape)).view(index.shape[0], *shape)
 
 
 def normal(seed: int, stream: Stream, index: Tensor, *shape: int, start: int = 0) -> Tensor:
     """float32 [B, *shape], standard normal by Box and Muller: each 64 bits give a pair. Arguments as in `bits`."""
-    count = math.prod(shape)
-    pairs = bits(seed, stream, index, (count + 1) // 2, start=start)
-    u1 = (_shift_right(pairs, 40).float() + 1) * 2.0**-24  # (0, 1]: its logarithm is finite
-    u2 = ((pairs >> 8) & 0xFFFFFF).float() * 2.0**-24
-    radius, angle = torch.sqrt(-2 * torch.log(u1)), 2 * math.pi * u2
-    both = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], -1)
-    return both.flatten(1)[:, :count].reshape(-1, *shape)
+    return random_normal(index, _key(seed, stream), start, math.prod(shape)).view(index.shape[0], *shape)
 
 
 def gumbel(seed: int, stream: Stream, index: Tensor, *shape: int, start: int = 0) -> Tensor:
     """float32 [B, *shape], standard Gumbel, -log(-log(u)). Arguments as in `bits`."""
-    u = (_shift_right(bits(seed, stream, index, *shape, start=start), 40).float() + 0.5) * 2.0**-24
+    u = uniform(seed, stream, index, *shape, start=start) + 2.0**-25  # the middle of each step of `uniform`
     return -torch.log(-torch.log(u))
 
 

@@ -133,10 +133,9 @@ def load_kernels(cfg: Config) -> list[str]:
     Raises:
         UserError: `model.attention` needs another card or a package.
     """
-    if cfg.task != "mixar":
-        return []
     device = dist.find().device
-    return [prepare_attention(cfg.model.attention, device), load(device.type)]
+    attention = [prepare_attention(cfg.model.attention, device)] if cfg.task == "mixar" else []
+    return [*attention, load(device.type)]  # each task draws random numbers
 
 
 def log_start(cfg: Config, source: Source, place: dist.Place) -> None:

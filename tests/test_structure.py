@@ -13,11 +13,11 @@ import mixar
 
 ROOT = Path(mixar.__file__).parent
 FLOORS = (
-    "cards environment errors rng signals",
+    "cards environment errors signals transfer",
     "files log resources slurm",
     "failures",
     "ops",
-    "config weights dist",
+    "config rng weights dist",
     "sampling_flags",
     "command_line",
     "codecs prior mixing",

@@ -162,9 +162,13 @@ class Engine(ABC):
             decay = torch.minimum(decay, (1 + self.updates) / (10 + self.updates))
         self.updates += finite
         weight = ((1 - decay) * finite).squeeze()  # a tensor, since a number would wait for the device
-        live = [piece.flat for piece in self.slices.values()]
-        if live:
-            torch._foreach_lerp_(list(self.ema.values()), live, [weight] * len(live))
+        live, ema = [piece.flat for piece in self.slices.values()], list(self.ema.values())
+        if live and self.place.device.type == "cuda":  # a lerp by a tensor would be one launch per parameter
+            moves = torch._foreach_sub(live, ema)
+            torch._foreach_mul_(moves, weight)
+            torch._foreach_add_(ema, moves)
+        elif live:
+            torch._foreach_lerp_(ema, live, [weight] * len(live))
 
     @torch.no_grad()
     def _ema_distance(self) -> Tensor:

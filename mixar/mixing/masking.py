@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -58,7 +58,6 @@ class Room(NamedTuple):
     masked: int
 
 
-@lru_cache(maxsize=8)
 def rooms(cfg: MaskConfig, tokens: int, images: int) -> tuple[Room, Room]:
     """The room of almost all micro-batches of `images`, and the room that is always enough.
 
@@ -67,9 +66,13 @@ def rooms(cfg: MaskConfig, tokens: int, images: int) -> tuple[Room, Room]:
     Args:
         tokens: N.
     """
-    fine = replace(cfg, ratio_scope="image", group=1024)
-    masked = torch.tensor(masked_counts(fine, tokens, 0, range(1024), 1024), dtype=torch.float64)
-    spread = 4 * masked.std() / (1 if cfg.ratio_scope == "batch" else math.sqrt(images))
+    return _rooms(cfg.minimum, cfg.std, cfg.ratio_scope == "batch", tokens, images)
+
+
+@lru_cache(maxsize=8)
+def _rooms(minimum: float, std: float, alike: bool, tokens: int, images: int) -> tuple[Room, Room]:
+    masked = torch.ceil(tokens * ratio_quantile((torch.arange(1024) + 0.5) / 1024, minimum, std))
+    spread = 4 * masked.std() / (1 if alike else math.sqrt(images))
     both = [tokens - masked, masked]
     most = [images * int(counts.max()) for counts in both]
     usual = [min(math.ceil(images * (counts.mean() + spread) / 64) * 64, top) for counts, top in zip(both, most)]

@@ -13,6 +13,7 @@ from mixar.log import log
 
 LIBRARY = torch.library.Library("mixar", "FRAGMENT")  # schemas, references, gradients; compiled code adds kernels
 _taken: dict[str, str] = {}  # device type to the description of its operators
+_compiled: set[str] = set()  # device types whose kernels this process has loaded
 
 
 def choice() -> str:
@@ -63,6 +64,11 @@ def load(device: str) -> str:
     return _taken[device]
 
 
+def has_kernels(device: str) -> bool:
+    """Whether `load` has found compiled kernels for a device type. Nothing is compiled or loaded here."""
+    return device in _compiled
+
+
 def _take(device: str) -> str:
     from mixar.ops.build import DEVICES, BuildError, build, status  # here, so that the module also runs as a command
 
@@ -70,6 +76,7 @@ def _take(device: str) -> str:
     if device in DEVICES and asked != "torch":
         try:
             torch.ops.load_library(build(device))
+            _compiled.add(device)
         except (BuildError, OSError) as error:
             if asked == "native":
                 raise RuntimeError(f"MIXAR_OPS=native, but there are no {device} kernels: {error}") from error

@@ -72,14 +72,15 @@ def make_inputs(
     )  # fmt: skip
 
 
-# odd sizes: one of everything, widths about a warp and a block, no bits, all bits, no prefix, nothing or all seen, and
-# more images than a block of the backward pass looks up at once
+# odd sizes: one of everything, widths about a warp and a block, whole 16 bytes or not, no bits, all bits, no prefix,
+# nothing or all seen, and more images than a block of the backward pass looks up at once
 CASES = [
     {"images": 1, "n": 1, "prefix": 0, "width": 1, "bits": 1, "seen": 0.0},
     {"images": 2, "n": 9, "prefix": 3, "width": 31, "bits": 14},
     {"images": 5, "n": 35, "prefix": 1, "width": 33, "bits": 24},
     {"images": 9, "n": 3, "prefix": 0, "width": 129, "bits": 5, "mix": False},
     {"images": 3, "n": 6, "prefix": 2, "width": 64, "bits": 0, "mix": False},
+    {"images": 6, "n": 50, "prefix": 2, "width": 264, "bits": 14},
     {"images": 4, "n": 5, "prefix": 0, "width": 32, "bits": 3, "seen": 1.0},
     {"images": 259, "n": 1, "prefix": 1, "width": 2, "bits": 4},
     {"images": 3, "n": 11, "prefix": 2, "width": 40, "bits": 4, "table": True},
@@ -114,6 +115,11 @@ class _Embed(ctypes.Structure):
                 *((name, ctypes.c_void_p) for name in ("t", "frequencies", "out"))]  # fmt: skip
 
 
+class _Random(ctypes.Structure):
+    _fields_ = [("images", ctypes.c_int64), ("count", ctypes.c_int64), ("key", ctypes.c_uint64),
+                ("start", ctypes.c_uint64), ("index", ctypes.c_void_p), ("out", ctypes.c_void_p)]  # fmt: skip
+
+
 class Fault(Exception):
     """What the emulation saw: a barrier or shuffle that not all threads reach, or a write past an output."""
 
@@ -131,23 +137,33 @@ class Emulated:
         self._call("mix_gather", given, x.encoded.dtype, x.positions.dtype)
         return out.checked()
 
-    def backward(self, x: Inputs, grad: Tensor, groups: int = 3) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of `encoded`, `positions` and the map, the latter summed over its groups."""
+    def backward(
+        self, x: Inputs, grad: Tensor, groups: int = 3, d_encoded: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of `encoded`, which may be written into `d_encoded`, `positions` and the map, over all groups."""
         length, width = x.positions.shape
         sums = F64 if grad.dtype == F64 else F32
         groups = min(groups, length)
-        outs = [_Guarded(*x.encoded.shape, dtype=x.encoded.dtype), _Guarded(length, width, dtype=sums),
-                _Guarded(groups, x.bits + 1, width, dtype=sums)]  # fmt: skip
+        outs = [_Guarded(length, width, dtype=sums), _Guarded(groups, x.bits + 1, width, dtype=sums)]
+        if d_encoded is None:
+            outs.append(_Guarded(*x.encoded.shape, dtype=x.encoded.dtype))
+            d_encoded = outs[-1].whole
         given = _Backward(self._sources(x), width, len(x.encoded), x.bits, groups,
-                          *map(_pointer, (grad, *(out.whole for out in outs))))  # fmt: skip
+                          *map(_pointer, (grad, d_encoded, outs[0].whole, outs[1].whole)))  # fmt: skip
         self._call("mix_gather_backward", given, x.encoded.dtype, grad.dtype)
-        d_encoded, d_positions, d_map = (out.checked() for out in outs)
-        return d_encoded, d_positions, d_map.sum(0)
+        d_positions, d_map, *rest = (out.checked() for out in outs)
+        return rest[0] if rest else d_encoded, d_positions, d_map.sum(0)
 
     def timestep_embed(self, t: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Tensor:
         out = _Guarded(len(t), 2 * len(frequencies), dtype=dtype)
         given = _Embed(len(t), len(frequencies), *map(_pointer, (t, frequencies, out.whole)))
         self._call("timestep_embed", given, dtype)
+        return out.checked()
+
+    def random(self, kind: str, index: Tensor, key: int, start: int, count: int) -> Tensor:
+        """What `mixar::random_{kind}` gives, for a contiguous index."""
+        out = _Guarded(len(index), count, dtype=torch.int64 if kind == "bits" else F32)
+        self._call(f"random_{kind}", _Random(len(index), count, key, start, _pointer(index), _pointer(out.whole)))
         return out.checked()
 
     def _sources(self, x: Inputs) -> _Sources:
@@ -162,14 +178,16 @@ class Emulated:
 
 
 class _Guarded:
-    """A tensor full of NaN, with more of it behind."""
+    """A tensor full of NaN, or of a large integer, with more of it behind."""
 
     def __init__(self, *shape: int, dtype: torch.dtype) -> None:
         self.shape = torch.Size(shape)
-        self.whole = torch.full((self.shape.numel() + GUARD,), torch.nan, dtype=dtype)
+        fill = torch.nan if dtype.is_floating_point else 0x5A5A5A5A5A5A5A5A
+        self.whole = torch.full((self.shape.numel() + GUARD,), fill, dtype=dtype)
+        self.guard = self.whole[self.shape.numel() :].clone()
 
     def checked(self) -> Tensor:
-        if not self.whole[self.shape.numel() :].isnan().all():
+        if not torch.equal(self.whole[self.shape.numel() :].view(torch.uint8), self.guard.view(torch.uint8)):
             raise Fault("written past the output's end")
         return self.whole[: self.shape.numel()].view(self.shape)
 

@@ -1,5 +1,6 @@
 """The CUDA source, unchanged, on the host: right against float64, and wrong as soon as a fault is seeded."""
 
+import math
 import shutil
 import subprocess
 from pathlib import Path
@@ -20,6 +21,8 @@ from kernels import (
     make_inputs,
     mutant,
 )
+
+from mixar.ops.random import bits_reference, normal_reference, uniform_reference
 
 pytestmark = [
     pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the emulation with"),
@@ -59,6 +62,93 @@ def test_timestep_embed_against_float64(emulated: Emulated, rows: int, half: int
                                atol=2e-7)  # fmt: skip
 
 
+def shifted(x: torch.Tensor) -> torch.Tensor:
+    """A copy that begins one element past the start of its memory."""
+    return torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)
+
+
+@pytest.mark.parametrize("types", TYPES, ids=str)
+@pytest.mark.parametrize("name", ["encoded", "weight", "bias", "positions"])
+def test_addresses_that_are_not_whole_vectors(emulated: Emulated, name: str, types) -> None:
+    x = make_inputs(width=136, types=types)
+    expected = emulated.forward(x)
+    setattr(x, name, shifted(getattr(x, name)))
+    assert getattr(x, name).data_ptr() % 16 and torch.equal(emulated.forward(x), expected)
+
+
+def test_gradients_that_are_not_whole_vectors(emulated: Emulated) -> None:
+    x = make_inputs(width=136)
+    grad = torch.randn(*x.slots.shape, 136)
+    for found, expected in zip(emulated.backward(x, shifted(grad)), emulated.backward(x, grad)):
+        assert torch.equal(found, expected)
+
+
+def test_rows_beyond_two_to_the_31_elements(emulated: Emulated) -> None:
+    far, width = 2**25, 64  # memory that is not touched is not taken
+    x = make_inputs(images=1, n=3, prefix=0, width=width, seen=1.0, mix=False, types=(BF16, BF16))
+    x.encoded = torch.empty(far + 3, width, dtype=BF16)
+    x.encoded[far:] = torch.randn(3, width)
+    x.slots = far + torch.tensor([[2, 0, 1]])
+    assert torch.equal(emulated.forward(x)[0], (x.encoded[x.slots[0]].float() + x.positions.float()).bfloat16())
+    grad, d_encoded = torch.randn(1, 3, width).bfloat16(), torch.empty_like(x.encoded)
+    emulated.backward(x, grad, d_encoded=d_encoded)
+    assert torch.equal(d_encoded[x.slots[0]], grad[0])
+    x.slots.fill_(-1)
+    x.weight, x.bias, x.codes = x.encoded, None, far + torch.tensor([[1, 2, -1]])
+    rows = torch.stack([x.weight[far + 1], x.weight[far + 2], torch.zeros(width, dtype=BF16)])
+    assert torch.equal(emulated.forward(x)[0], (rows.float() + x.positions.float()).bfloat16())
+
+
+INDEX = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63), 12345678901])
+
+
+# images and numbers: none, one, odd counts, whole vectors or not, and more than all threads have at once
+DRAWN = [(0, 3), (3, 0), (1, 1), (6, 2), (6, 7), (6, 64), (5, 1023), (3, 5120), (2500, 1), (600, 60)]
+
+
+def check_random(emulated: Emulated, images: int, count: int) -> None:
+    index = torch.cat([INDEX, torch.arange(max(0, images - len(INDEX)))])[:images]
+    for key, start in ((0, 0), (-7, 2**40 + 1), (2**62, 5)):
+        given = (index, key, start, count)
+        assert torch.equal(emulated.random("bits", *given), bits_reference(*given))
+        assert torch.equal(emulated.random("uniform", *given), uniform_reference(*given))
+        found = emulated.random("normal", *given)
+        pairs = bits_reference(index, key, start, (count + 1) // 2)
+        u1, u2 = ((pairs >> 40) & 0xFFFFFF).double(), ((pairs >> 8) & 0xFFFFFF).float()
+        radius = (-2 * ((u1 + 1) * 2.0**-24).log()).sqrt()
+        angle = (torch.tensor(2 * math.pi) * u2 * 2.0**-24).double()  # rounded to float32, like the kernel's
+        truth = torch.stack([radius * angle.cos(), radius * angle.sin()], -1).flatten(1)[:, :count]
+        torch.testing.assert_close(found.double(), truth, rtol=4 * 2**-23, atol=1e-12)
+        torch.testing.assert_close(found, normal_reference(*given), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("images", "count"), DRAWN)
+def test_random_numbers(emulated: Emulated, images: int, count: int) -> None:
+    check_random(emulated, images, count)
+
+
+def test_the_ends_of_the_normal_law(emulated: Emulated) -> None:
+    for bits, expected in ((0, (2 * 24 * math.log(2)) ** 0.5), (0xFFFFFF << 40, 0.0)):
+        # SplitMix64's finaliser is a bijection: the first number of this row has the wanted bits
+        row = (unfinalise(bits) - GOLDEN) % 2**64
+        key = unfinalise(row)
+        index = torch.zeros(1, dtype=torch.int64)
+        assert emulated.random("bits", index, key, 0, 1)[0, 0] == bits - (bits >> 63 << 64)
+        found = emulated.random("normal", index, key, 0, 2)[0]
+        assert found[0].item() == pytest.approx(expected, rel=1e-6) and abs(found[1]) < 1e-6
+
+
+GOLDEN = 0x9E3779B97F4A7C15
+
+
+def unfinalise(x: int) -> int:
+    """The 64 bits that SplitMix64's finaliser turns into `x`."""
+    for shift, factor in ((31, 0x94D049BB133111EB), (27, 0xBF58476D1CE4E5B9), (30, 1)):
+        x ^= x >> shift ^ x >> 2 * shift
+        x = x * pow(factor, -1, 2**64) % 2**64
+    return x
+
+
 def test_bfloat16_rounds_ties_to_even(emulated: Emulated) -> None:
     x = make_inputs(images=4, n=40, prefix=0, width=129, seen=1.0, types=(BF16, BF16))  # sums of two: many are ties
     expected = (x.encoded.float()[x.slots] + x.positions.float()).bfloat16()
@@ -73,17 +163,27 @@ def test_a_nan_stays_a_nan(emulated: Emulated) -> None:
 
 CUDA = "mix_gather_cuda.cu"
 MUTATIONS = [
-    (CUDA, "  __syncthreads();\n  A sum = 0;", "  A sum = 0;"),
+    (CUDA, "  __syncthreads();\n  Pack<A, N> sum = {};", "  Pack<A, N> sum = {};"),
     (CUDA, "  __syncthreads();\n  return sum;", "  return sum;"),
     (CUDA, "  const bool inside = d < m.width;  //", "  const bool inside = d < m.width; if (!inside) return; //"),
     (CUDA, "  const bool inside = d < m.width;\n", "  const bool inside = d < m.width; if (!inside) return;\n"),
-    (CUDA, "j < kWarp && first + j < rows", "j < kWarp"),
-    (CUDA, "from_lane(mine, j)", "from_lane(mine, lane)"),
+    (CUDA, "  __syncthreads();\n\n", "\n"),
+    (CUDA, "if (j + r >= count) break;", ""),
+    (CUDA, "from_lane(mine, j + r)", "from_lane(mine, lane)"),
+    (CUDA, "position, j + r)", "position, j)"),
+    (CUDA, "if (position >= length) position -= length, ++image;", ""),
+    (CUDA, "position += step % length", "position += 1"),
+    (CUDA, "source[r].slot < 0 ? load", "source[r].slot <= 0 ? load"),
+    (CUDA, "source[r].id >= 0 && m.bits >= 0 ?", "source[r].slot < 0 && m.bits >= 0 ?"),
+    (CUDA, "source.id >> part * kPart", "source.id"),
+    (CUDA, "if (source.id < 0) continue;", ""),
+    (CUDA, "parts = unsigned(std::max<int64_t>(1, ", "parts = unsigned(std::min<int64_t>(1, "),
+    (CUDA, "from += kRows * step", "from += step"),
     (CUDA, "i += gridDim.y", "i += length"),
-    (CUDA, "first += int64_t(gridDim.y) * kWarp", "first += rows"),
+    (CUDA, "first < rows; first += step", "first < rows; first += rows"),
     (CUDA, "first += kWarps * kWarp", "first += images"),
+    ("launch.h", "width % N == 0", "true"),
     ("mix_gather.h", ">= *sources.share", "> *sources.share"),
-    ("mix_gather.h", "id < 0 ? A(0) :", ""),
     ("types.h", "0x7fff + ((bits >> 16) & 1)", "0x8000"),
 ]
 
@@ -96,6 +196,27 @@ def test_a_seeded_fault_is_caught(tmp_path: Path, file: str, old: str, new: str)
         for case in CASES:
             check(kernels, case)
         test_bfloat16_rounds_ties_to_even(kernels)
+
+
+RANDOM = "random_cuda.cu"
+RANDOM_MUTATIONS = [
+    (RANDOM, "column += columns", "column += m.count"),
+    (RANDOM, "first += kRows * rows", "first += m.images"),
+    (RANDOM, "(column + c) / each", "column / each"),
+    (RANDOM, "column % each", "0"),
+    ("random.h", "x >> 27", "int64_t(x) >> 27"),
+    ("random.h", "bits >> 8) & 0xFFFFFF", "bits >> 8)"),
+    ("launch.h", "width % N == 0", "true"),
+]
+
+
+@pytest.mark.parametrize(("file", "old", "new"), RANDOM_MUTATIONS, ids=range(len(RANDOM_MUTATIONS)))
+def test_a_seeded_fault_of_random_numbers_is_caught(tmp_path: Path, file: str, old: str, new: str) -> None:
+    folder = mutant(tmp_path / "csrc", file, old, new)
+    kernels = Emulated(compile_emulation(tmp_path / "mutant.so", [folder / RANDOM], folder, ["-shared", "-O0"]))
+    with pytest.raises((AssertionError, Fault)):
+        for images, count in DRAWN:
+            check_random(kernels, images, count)
 
 
 def test_sanitizers(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@
 
 #define __global__
 #define __device__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __shared__ static  // blocks do not overlap in time
 #define MIXAR_LAUNCH(kernel, grid, block, stream, ...) \
   ((void)(stream), emulation::launch(grid, block, [=] { kernel(__VA_ARGS__); }))
@@ -102,10 +102,10 @@ inline void resume(Fiber& fiber) {
   arrive(fake, nullptr, nullptr);
 }
 
-// Whether all fibers that are not done wait for the same thing in the same line.
+// Whether all fibers are done, or wait for the same thing in the same line.
 inline bool together(const std::vector<Fiber*>& all, State state) {
   for (const Fiber* fiber : all) {
-    if (fiber->state != state || fiber->line != all[0]->line) return false;
+    if (fiber->state != state || (state != State::done && fiber->line != all[0]->line)) return false;
   }
   return true;
 }

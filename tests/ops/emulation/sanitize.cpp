@@ -61,11 +61,24 @@ bool embed(int64_t rows, int64_t half, Type type) {
   return cpu ? timestep_embed_cpu(m, type, parallel) : mixar_timestep_embed_cuda(&m, type, nullptr) == 0;
 }
 
+bool random_numbers(int64_t images, int64_t count) {
+  const std::vector<int64_t> index(size_t(images), INT64_MAX);
+  auto bits = zeros(Type::float64, images * count, missing), floats = zeros(Type::float32, images * count, missing);
+  const Random wide{images, count, UINT64_MAX, 5, index.data(), bits.data()};
+  Random narrow = wide;
+  narrow.out = floats.data();
+  if (cpu) return random_bits_cpu(wide, parallel), random_uniform_cpu(narrow, parallel), true;
+  return mixar_random_bits_cuda(&wide, nullptr) == 0 && mixar_random_uniform_cuda(&narrow, nullptr) == 0 &&
+         mixar_random_normal_cuda(&narrow, nullptr) == 0;
+}
+
 }  // namespace
 
 int main(int count, char** words) {
   cpu = std::string(words[1]) == "cpu", missing = count > 2;
   bool good = embed(1, 1, Type::float32) && embed(7, 43, Type::float32) && embed(5, 128, Type::bfloat16);
+  good &= random_numbers(0, 3) && random_numbers(3, 0) && random_numbers(1, 1) && random_numbers(7, 35);
+  good &= random_numbers(2, 4096) && random_numbers(3, 32767);
   const Type types[][2] = {{Type::float32, Type::float32}, {Type::bfloat16, Type::float32},
                            {Type::bfloat16, Type::bfloat16}, {Type::float64, Type::float64}};
   for (const auto& type : types) {
@@ -73,6 +86,7 @@ int main(int count, char** words) {
       good &= run(1, 1, 0, 1, bits, false, type[0], type[1]);
       good &= run(3, 9, 2, 33, bits, true, type[0], type[1]);
       good &= run(9, 4, 1, 130, bits, true, type[0], type[1]);
+      good &= run(5, 9, 2, 136, bits, true, type[0], type[1]);
     }
   }
   return good ? 0 : 1;
