@@ -1,4 +1,4 @@
-"""The operators of mixar/ops against float64: on the last card, on a side stream, and beyond 2^31 elements."""
+"""The operators of mixar/ops against float64 or the CPU: on the last card, on a side stream, beyond 2^31 elements."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixar import rng
 from mixar.config import Config
 from mixar.gpu.findings import Finding, attempt
 from mixar.gpu.synthetic import synchronise
 from mixar.ops import gated_add, load, mix_gather, timestep_embed
 from mixar.ops.mix_gather import reference
 from mixar.ops.timestep_embed import _frequencies
+from mixar.rng import Stream
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 TYPES = [(F32, F32), (BF16, F32), (BF16, BF16), (F64, F64)]  # of what is gathered, and of parameters and output
@@ -33,7 +35,7 @@ def operators(cfg: Config, device: torch.device) -> Iterator[Finding]:
     yield Finding("operators: kernels", "ok", text, {"compiled": native})
     sizes = [(8, cfg.model.tokens, cfg.model.class_tokens, cfg.model.decoder_width), (3, 35, 1, 33)]
     for where, on in {"last card": last, "side stream": device}.items():
-        for check in (_mix_gather, _timestep_embed, _gated_add):
+        for check in (_mix_gather, _timestep_embed, _gated_add, _random):
             name = f"operators: {check.__name__.strip('_')}, {where}"
             yield attempt(name, partial(_run, name, check, sizes, on, where == "side stream"))
     yield attempt(BEYOND, partial(_beyond, device, cfg.model.decoder_width, LARGE))
@@ -77,10 +79,13 @@ def _placed(x: Any, device: torch.device, late: bool) -> Any:
     """A copy of `x` on the device; if `late`, its values come later than another stream would read them."""
     if x is None:
         return None
-    there = torch.zeros_like(x, device=device)
-    if late and device.type == "cuda":
+    staged = x.to(device)  # waits for the copy, unlike that of one tensor of the card to another
+    if not late:
+        return staged
+    there = torch.zeros_like(staged)
+    if device.type == "cuda":
         torch.cuda._sleep(2_000_000)  # clock cycles, a millisecond
-    return there.copy_(x)
+    return there.copy_(staged)
 
 
 def make_inputs(
@@ -156,6 +161,14 @@ def _gated_add(errors: Errors, device: torch.device, images: int, n: int, _: int
             errors.note(f"{name}, {str(dtype)[6:]}", value.detach().cpu(), truth, ROUNDING[dtype], 4)
 
 
+def _random(errors: Errors, device: torch.device, images: int, n: int, *_: int, late: bool) -> None:
+    """Against the CPU's."""
+    index = torch.arange(images) + 2**40
+    for draw in (rng.bits, rng.uniform, rng.normal):
+        there, here = draw(7, Stream.NOISE, _placed(index, device, late), n).cpu(), draw(7, Stream.NOISE, index, n)
+        errors.note(draw.__name__, (there - here).double(), torch.zeros(here.shape, dtype=F64), 0.0, 4)
+
+
 def _beyond(device: torch.device, width: int, elements: int) -> Finding:
     """Outputs of at least `elements` in bfloat16, compared on the device piece by piece."""
     needed = 10 * elements  # bytes, of mix_gather's tensors and the temporaries
@@ -175,6 +188,11 @@ def _beyond(device: torch.device, width: int, elements: int) -> Finding:
     for rows in torch.arange(len(x), device=device).split(2**14):
         some = x[rows].double()
         errors.note("gated_add", added[rows], some + some * some, ROUNDING[BF16], 4)
+    del added, x
+    index = torch.arange(math.ceil(elements / 2**16), device=device)
+    drawn = rng.uniform(7, Stream.NOISE, index, 2**16)
+    for rows in index.split(64):  # an image's numbers do not depend on the others
+        errors.note("random", drawn[rows], rng.uniform(7, Stream.NOISE, rows, 2**16).double(), 0.0)
     return errors.finding(BEYOND)
 
 

@@ -1,5 +1,6 @@
 """Where the time and the memory of a training step go: kernels, host, idle share, peak memory, MFU."""
 
+import gc
 import re
 import time
 from collections import Counter
@@ -43,13 +44,14 @@ def measure(name: str, cfg: Config, device: torch.device, compiled: bool) -> Fin
     """Times of steps by themselves, then one step under torch's profiler, which slows the host down."""
     images = images_per_pass(cfg, ranks=1)
     cfg = changed(cfg, engine={"compile": compiled}, train={"batch": images}, ti_mix={"enabled": False})
+    before = _allocated(device)
     engine = single_engine(cfg, device)
     batches = [[batch_of(cfg, images, number, device)] for number in range(WARM_UP + TIMED)]
     for batch in batches[:WARM_UP]:
         engine.step(batch, 0.0)
     synchronise(device)
     host, whole = _times(engine, batches[WARM_UP:], device)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
     launches = launches_of(lambda: engine.step(batches[-1], 0.0), device)
     busy, kernels = sum(launch.seconds for launch in launches), [x for x in launches if not x.name.startswith("Mem")]
     figures: dict[str, Any] = {
@@ -63,10 +65,19 @@ def measure(name: str, cfg: Config, device: torch.device, compiled: bool) -> Fin
         figures["MFU"] = images * step_flops(cfg, images, None)(0.0) / whole / speed
     faults = attention_faults(cfg, figures["attention"]) if device.type == "cuda" else []
     if peak is not None:
-        planned = make_plan(cfg, gpus=1)["engines"]["ddp"]["memory"]["total"]
+        planned = make_plan(cfg, images=1, gpus=1)["engines"]["ddp"]["memory"]["total"]
         figures |= {"peak memory, GiB": peak / 2**30, "planned, GiB": planned / 2**30}
         faults += memory_faults(peak, planned)
     return Finding.of(name, faults, figures)
+
+
+def _allocated(device: torch.device) -> int:
+    """The bytes that tensors hold, from which on the peak is counted anew."""
+    gc.collect()
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
 
 
 def _times(engine: Engine, batches: list[list[Batch]], device: torch.device) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """Runs without shards or public weights: batches of the config's sizes, networks with random weights."""
 
 import dataclasses
+import gc
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, TypeVar
@@ -125,7 +126,8 @@ def engine_of(cfg: Config, place: Place) -> Engine:
 
 
 def single_engine(cfg: Config, device: torch.device) -> Engine:
-    """The engine of one process."""
+    """The engine of one process, for which that of an earlier check makes room."""
+    gc.collect()  # engines are parts of circles
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return engine_of(changed(cfg, engine={"name": "ddp"}), Place(0, 1, device))
