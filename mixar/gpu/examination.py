@@ -13,8 +13,8 @@ import torch
 
 from mixar.config import Config
 from mixar.gpu.compiled import compiled_steps
+from mixar.gpu.draws import random_numbers
 from mixar.gpu.findings import Finding, failed
-from mixar.gpu.numbers import random_numbers
 from mixar.gpu.operators import operators
 from mixar.gpu.profiling import profiles
 from mixar.gpu.ranks import engines

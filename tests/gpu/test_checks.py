@@ -9,10 +9,10 @@ import torch
 from mixar import rng
 from mixar.config import Config
 from mixar.gpu import compiled, operators, profiling, ranks, sampling, waits
+from mixar.gpu.draws import random_numbers
 from mixar.gpu.findings import Finding
-from mixar.gpu.numbers import random_numbers
+from mixar.gpu.ranks import take_steps
 from mixar.gpu.synthetic import SyntheticObjective, changed, modes
-from mixar.gpu.worker import take_steps
 from mixar.objectives import MixARObjective
 
 CPU = torch.device("cpu")
@@ -227,8 +227,9 @@ def test_engines(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     assert name == "engines: fsdp" and "the weights differ by" in text and "the loss differ" in text
     monkeypatch.setenv("MIXAR_OPS", "none")  # the ranks end with an error
     monkeypatch.setattr(ranks, "take_steps", lambda *_: {})
-    ((_, text),) = bad(ranks.engines(cfg, CPU, ("ddp",))).items()
-    assert "the ranks ended with status 1" in text
+    (ended,) = ranks.engines(cfg, CPU, ("ddp",))
+    assert ended.status == "bad" and ended.text == "the ranks ended with status 1"
+    assert any("MIXAR_OPS=none is not known" in line for line in ended.figures["output"])
 
 
 def test_one_card_has_no_second_rank(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from mixar.__main__ import main
 from mixar.config import Config
 from mixar.dist import Place
 from mixar.gpu import CHECKS, Finding, examine, row
-from mixar.gpu.numbers import random_numbers
+from mixar.gpu.draws import random_numbers
 from mixar.verbs import doctor
 from tests import WITH_CARDS
 from tests.gpu.faults import crashing, good, hanging, raising
