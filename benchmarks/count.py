@@ -12,9 +12,10 @@ import inspect
 import json
 import math
 import sys
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,7 @@ from mixar.config import Config, load_config
 from mixar.data.batch import Batch, PreDrawn
 from mixar.dist import Place
 from mixar.engine import build_engine
+from mixar.errors import UserError
 from mixar.mixing import masked_counts, ratio_quantile
 from mixar.model import MixAR
 from mixar.model.head import Head
@@ -46,6 +48,7 @@ from mixar.objectives import MixARObjective
 from mixar.objectives.frozen import Frozen
 from mixar.plan.work import Tokens, training_flops
 from mixar.prior import Prior
+from mixar.sampling.autoregressive import KeyedNoise, sample_steps, sampling_order
 
 ROOT = Path(__file__).parents[1]
 aten = torch.ops.aten
@@ -107,6 +110,7 @@ class Trace(TorchDispatchMode):
         self.backward_part: str | None = None
         self.compiled_part = "other"
         self.pinned: list[Tensor] = []
+        self.cast: set[int] = set()  # parameters that autocast has cast, and keeps
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -152,6 +156,10 @@ class Trace(TorchDispatchMode):
         part = self.backward_part or _part()
         if self.backward_part is None:
             self.made_by.setdefault(torch._C._autograd._get_sequence_nr(), part)  # the first operator after its node
+        if func is aten._to_copy.default and isinstance(inputs[0], nn.Parameter) and self.backward_part is None:
+            if id(inputs[0]) in self.cast:
+                return
+            self.cast.add(id(inputs[0]))
         if func in _WITHOUT_KERNEL or _is_view(func) or not (outputs or func._schema.is_mutable):
             return
         written = outputs or _written(func, args, kwargs)
@@ -163,6 +171,12 @@ class Trace(TorchDispatchMode):
             part = "dropout"
         seconds = _seconds(moved, flops, written[0].dtype)
         self.kernels.append(Kernel(_name(func), part, self.backward_part is not None, moved, flops, seconds))
+
+    def clear(self) -> None:
+        """Forget the kernels and waits so far."""
+        self.kernels.clear()
+        self.blocking.clear()
+        self.pinned.clear()
 
     def launch(self, kernels: Sequence[Kernel]) -> None:
         """Count the kernels of a compiled graph."""
@@ -256,8 +270,14 @@ def _part() -> str:
 
 
 def _place() -> str:
-    file, frame = next(_frames(), ("?", sys._getframe()))
-    return f"mixar/{file}:{frame.f_lineno}"
+    """File and line of mixar's innermost call, or of that of another program outside of torch."""
+    for file, frame in _frames():
+        return f"mixar/{file}:{frame.f_lineno}"
+    frame: FrameType | None = sys._getframe(1)
+    libraries = str(Path(torch.__file__).parent), __file__
+    while frame is not None and frame.f_code.co_filename.startswith(libraries):
+        frame = frame.f_back
+    return "?" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
 def run_backward(
@@ -447,7 +467,7 @@ def without_a_card(trace: Trace) -> Iterator[Graphs]:
         (torch.autograd, "_engine_run_backward", partial(run_backward, trace)),
         (torch.utils._foreach_utils, "_foreach_supported_types", [Tensor, nn.Parameter, FakeTensor]),
         (Frozen, "prior", property(prior_of)),
-        (Place, "autocast", lambda place, precision: nullcontext()),  # set below: torch would refuse it without a card
+        (Place, "autocast", lambda place, precision: autocast(trace, precision)),
     ]
     settings = {"force_disable_caches": True, "joint_graph_constant_folding": False}
     with ExitStack() as stack:
@@ -497,66 +517,135 @@ def prior_of(frozen: Frozen) -> Prior:
     return prior
 
 
-def trace_step(cfg: Config, images: int, steps: int = 2) -> tuple[Trace, Graphs, int]:
+@contextmanager
+def autocast(trace: Trace, precision: str) -> Iterator[None]:
+    """CUDA's autocast; torch.autocast would switch itself off without a card."""
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.set_autocast_enabled("cuda", precision == "bf16")
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        trace.cast.clear()
+
+
+def trace_step(cfg: Config, images: int, steps: int = 2) -> tuple[Trace, dict[str, int]]:
     """The last of `steps` steps of one micro-batch of `images` each, forward and backward, and the optimizer's step.
 
-    The first one fills what is kept from step to step.
+    The first step fills what is kept from step to step, and compiles. With TI-Mix it is the end of the run.
 
     Returns:
-        the kernels, the compiled graphs, and how many of these were made after the first step.
+        the kernels; the numbers of compiled graphs, of those with a symbolic size, and of those made after the first
+        step.
     """
     trace, epoch = Trace(), cfg.train.epochs if cfg.ti_mix.enabled else 0.0
     norm = LatentNorm(torch.zeros(cfg.model.latent_channels), torch.ones(cfg.model.latent_channels))
-    torch.set_autocast_dtype("cuda", torch.bfloat16)
-    torch.set_autocast_enabled("cuda", cfg.train.precision == "bf16")
     made = 0
+    torch._dynamo.reset()
     with without_a_card(trace) as graphs, trace:
         engine = build_engine(cfg, Fixed(MixARObjective(cfg, norm, CARD)), Place(0, 1, CARD))
         for step in range(steps):
-            trace.kernels.clear(), trace.blocking.clear(), trace.pinned.clear()
+            trace.clear()
             engine.step([batch_of(cfg, images, step * images)], epoch)
             made = made or graphs.forward
-    torch.set_autocast_enabled("cuda", False)
-    return trace, graphs, graphs.forward - made
+    return trace, {"graphs": graphs.forward, "dynamic": graphs.dynamic, "recompiles": graphs.forward - made}
 
 
-def report(cfg: Config, images: int, trace: Trace, graphs: Graphs, again: int) -> dict[str, Any]:
-    """The counts as plain values."""
-    step = [kernel for kernel in trace.kernels if kernel.part == "optimizer"]
-    passes = [kernel for kernel in trace.kernels if kernel.part != "optimizer"]
-    by_part = Counter(kernel.part for kernel in passes)
-    with torch.device("meta"):
-        model = MixAR(cfg.model)
-    counts = masked_counts(cfg.mask, cfg.model.tokens, cfg.seed, range(images), images)
-    tokens = Tokens.of(cfg.model, [cfg.model.tokens - count for count in counts], images)
-    flops = images * sum(training_flops(model, tokens).values())
-    attention = flops_of_attention(model, tokens) * images
-    host = LAUNCH * len(passes)
-    device = sum(kernel.seconds for kernel in passes if kernel.part != "attention") + attention / ATTENTION
-    seconds = max(host, device)
+def trace_sampling(cfg: Config, diffusion_steps: int, images: int = 64) -> Trace:
+    """The second autoregressive step of sampling, with that many diffusion steps, without compilation."""
+    trace = Trace()
+    settings = replace(cfg.sample, diffusion_steps=str(diffusion_steps), diffusion_steps_end=None)
+    with without_a_card(trace), trace, autocast(trace, cfg.train.precision):
+        with torch.device("meta"):
+            model = MixAR(cfg.model).eval()
+        model.to_empty(device=CARD)
+        seeds, n = torch.empty(images, dtype=torch.int64, device=CARD), cfg.model.tokens
+        codes = None if cfg.model.guidance == "none" else seeds[:, None].expand(-1, n)
+        noise = KeyedNoise(seeds, n, cfg.model.token_dim, [diffusion_steps] * settings.steps)
+        order = sampling_order(settings.order, seeds, n)
+        steps = sample_steps(model, seeds, codes, order, noise, settings)
+        next(steps)
+        trace.clear()
+        next(steps)
+    return trace
+
+
+def count(cfg: Config, images: int, steps: int = 2) -> dict[str, Any]:
+    """All counts as plain values: of the passes, eager and compiled, of the optimizer's step, and of sampling."""
+    with_compile = lambda compile: replace(cfg, engine=replace(cfg.engine, name="ddp", compile=compile))
+    eager, _ = trace_step(with_compile(False), images)
+    compiled, graphs = trace_step(with_compile(True), images, steps)
+    update = [kernel for kernel in eager.kernels if kernel.part == "optimizer"]
+    short, long = (len(trace_sampling(cfg, diffusion).kernels) for diffusion in (20, 30))
     return {
         "images": images,
-        "kernels": {"total": len(passes)} | {part: by_part[part] for part in PARTS if part != "optimizer"},
-        "attention_calls": {
-            name: sum(kernel.part == "attention" and kernel.backward is back for kernel in passes)
-            for name, back in (("forward", False), ("backward", True))
-        },
-        "bytes_other": sum(k.moved for k in passes if not k.flops and k.part != "attention"),
-        "flops": flops,
-        "blocking": sorted(set(trace.blocking)),
-        "milliseconds": {"host": 1e3 * host, "device": 1e3 * device},
-        "mfu": flops / seconds / CARDS["h100"].bf16,
-        "compiled": {"graphs": graphs.forward, "dynamic": graphs.dynamic, "recompiles": again},
-        "optimizer": {"kernels": len(step), "bytes": sum(k.moved for k in step)},
+        **passes(cfg, images, eager),
+        "compiled": graphs | passes(cfg, images, compiled),
+        "optimizer": {"kernels": len(update), "bytes": sum(kernel.moved for kernel in update)},
+        "sampling": {"kernels_per_diffusion_step": (long - short) / 10, "kernels_besides": 3 * short - 2 * long},
     }
 
 
-def flops_of_attention(model: MixAR, tokens: Tokens) -> float:
+def passes(cfg: Config, images: int, trace: Trace) -> dict[str, Any]:
+    """The counts of forward and backward pass, and the time that the queue model makes of them."""
+    kernels = [kernel for kernel in trace.kernels if kernel.part != "optimizer"]
+    by_part = Counter(kernel.part for kernel in kernels)
+    with torch.device("meta"):
+        model = MixAR(cfg.model)
+    counts = masked_counts(cfg.mask, cfg.model.tokens, cfg.seed, range(images), images)
+    tokens = Tokens.of(cfg.model, [cfg.model.tokens - masked for masked in counts], images)
+    flops = images * sum(training_flops(model, tokens).values())
+    flops += sum(kernel.flops for kernel in kernels if kernel.part == "prior")
+    host = LAUNCH * len(kernels)
+    device = sum(kernel.seconds for kernel in kernels if kernel.part != "attention")
+    device += images * attention_flops(model, tokens) / ATTENTION
+    return {
+        "kernels": {"total": len(kernels)} | {part: by_part[part] for part in PARTS if part != "optimizer"},
+        "attention_calls": {
+            name: sum(kernel.part == "attention" and kernel.backward is back for kernel in kernels)
+            for name, back in (("forward", False), ("backward", True))
+        },
+        "bytes_other": sum(k.moved for k in kernels if not k.flops and k.part != "attention"),
+        "flops": flops,
+        "blocking": sorted(set(trace.blocking)),
+        "milliseconds": {"host": 1e3 * host, "device": 1e3 * device},
+        "mfu": flops / max(host, device) / CARDS["h100"].bf16,
+    }
+
+
+def attention_flops(model: MixAR, tokens: Tokens) -> float:
     """FLOP per image of the attention itself, forward and backward; see `training_flops`."""
-    cfg = model.config
+    cfg, crossed = model.config, model.guidance.memory_tokens
     queries = (cfg.decoder_depth - 1) * tokens.decoder + tokens.masked
-    pairs = cfg.encoder_depth * cfg.encoder_width * tokens.pairs + cfg.decoder_width * queries * tokens.decoder
-    return 12 * pairs
+    encoder = cfg.encoder_depth * cfg.encoder_width * (tokens.pairs + tokens.encoder * crossed)
+    return 12 * (encoder + cfg.decoder_width * queries * (tokens.decoder + crossed))
+
+
+def render(found: dict[str, Any]) -> str:
+    """The counts as a table, with the assumptions of the queue model."""
+    rows = [("", "eager", "compiled")]
+    both = found, found["compiled"]
+    for name, value in found["kernels"].items():
+        rows.append((f"kernels, {name}", f"{value:,}", f"{both[1]['kernels'][name]:,}"))
+    for name in ("forward", "backward"):
+        rows.append((f"attention calls, {name}", *(str(side["attention_calls"][name]) for side in both)))
+    rows.append(("GB besides products and attention", *(f"{side['bytes_other'] / 1e9:.0f}" for side in both)))
+    for name in ("host", "device"):
+        rows.append((f"ms of the {name}", *(f"{side['milliseconds'][name]:.0f}" for side in both)))
+    rows.append(("share of an H100's peak (MFU)", *(f"{side['mfu']:.1%}" for side in both)))
+    lines = [f"one micro-batch of {found['images']} images, {found['flops'] / 1e12:.1f} TFLOP"]
+    lines += [f"  {name:<36}{eager:>10}{compiled:>10}" for name, eager, compiled in rows]
+    lines += ["  waits of the host: " + ("; ".join(found["blocking"] + both[1]["blocking"]) or "none")]
+    lines += ["  graphs {graphs}, of these dynamic {dynamic}, made after the first step {recompiles}".format(**both[1])]
+    lines += [
+        "  optimizer's step: {kernels} kernels, {0:.0f} GB".format(
+            found["optimizer"]["bytes"] / 1e9, **found["optimizer"]
+        )
+    ]
+    sampling = found["sampling"]
+    lines += [f"  sampling: {sampling['kernels_per_diffusion_step']:.0f} kernels per diffusion step, and "
+              f"{sampling['kernels_besides']:.0f} per autoregressive step"]  # fmt: skip
+    return "\n".join([*lines, "assumptions, none of them measured", *(f"  - {line}" for line in ASSUMPTIONS)])
 
 
 def main() -> None:
@@ -564,21 +653,19 @@ def main() -> None:
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--images", type=int, help="per micro-batch; the config's train.micro_batch if left out")
-    parser.add_argument("--top", type=int, default=0, help="also list the operators that take the longest")
+    parser.add_argument("--steps", type=int, default=2, help="compiled steps, over which recompilations are counted")
     parser.add_argument("--json", action="store_true", help="print plain values")
     args = parser.parse_intermixed_args()
-    cfg = load_config(args.config, args.overrides)
-    images = args.images or cfg.train.micro_batch or 64
-    trace, graphs, again = trace_step(cfg, images)
-    found = report(cfg, images, trace, graphs, again)
-    print(json.dumps(found, indent=2))
-    groups: dict[tuple[str, str], list[Kernel]] = defaultdict(list)
-    for kernel in trace.kernels:
-        groups[kernel.part, kernel.name].append(kernel)
-    for (part, name), ks in sorted(groups.items(), key=lambda i: -sum(k.seconds for k in i[1]))[: args.top]:
-        busy, moved = 1e3 * sum(k.seconds for k in ks), sum(k.moved for k in ks) / 1e9
-        print(f"{part:10} {name:40} {len(ks):6} {busy:9.2f} ms {moved:8.2f} GB")
+    try:
+        cfg = load_config(args.config, args.overrides)
+        if cfg.task != "mixar":
+            raise UserError(f"task={cfg.task} is not counted: name a config of task=mixar")
+        found = count(cfg, args.images or cfg.train.micro_batch or cfg.train.batch, args.steps)
+    except UserError as error:
+        sys.exit(f"count.py: {error}")
+    print(json.dumps(found, indent=2) if args.json else render(found))
 
 
 if __name__ == "__main__":
+    warnings.filterwarnings("ignore", category=UserWarning)
     main()

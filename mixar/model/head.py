@@ -40,7 +40,7 @@ class Embedded(NamedTuple):
     Attributes:
         rows: [R, w], the sum of time and condition; with a separable modulation [R', w], the condition of each token.
         times: [K, w], the K embedded timesteps, with a separable modulation only.
-        row_times: int64 [R], each row's index into `times`.
+        row_times: int64 [R], each row's index into `times`; None if there is one time for all.
     """
 
     rows: Tensor
@@ -64,9 +64,7 @@ class Modulation(nn.ModuleDict):
     def forward(self, y: Embedded) -> tuple[Tensor, ...]:
         values = self["1"](y.rows)
         if y.times is not None:
-            assert y.row_times is not None
-            by_time = gather(self["time"](y.times), y.row_times)
-            values = (by_time.unflatten(0, (-1, len(values))) + values).flatten(0, 1)
+            values = _at_times(self["time"](y.times), values, y.row_times)
         return values.chunk(self.parts, -1)
 
 
@@ -124,16 +122,15 @@ class Head(nn.Module):
         self.res_blocks = nn.ModuleList(ResBlock(width, separable) for _ in range(depth))
         self.final_layer = FinalLayer(width, (1 + learn_variance) * token_dim, separable)
 
-    def embed(self, times: Tensor, conditions: Tensor, index: Tensor) -> Embedded:
+    def embed(self, times: Tensor, conditions: Tensor, index: Tensor | None = None) -> Embedded:
         """The modulation's input for R rows, from embedded times [K, w] and conditions [R / mul, w].
 
         Args:
-            index: int64 [R], each row's index into the times.
+            index: int64 [R], each row's index into the times; None if there is one time for all.
         """
         if self.separable:
             return Embedded(F.silu(conditions), F.silu(times), index)
-        by_time = gather(times, index)
-        return Embedded(F.silu((by_time.unflatten(0, (-1, len(conditions))) + conditions).flatten(0, 1)))
+        return Embedded(F.silu(_at_times(times, conditions, index)))
 
     def denoise(self, x: Tensor, y: Embedded) -> tuple[Tensor, Tensor | None]:
         """The network after its embeddings: x [R, C] to the outputs of `forward`."""
@@ -156,6 +153,13 @@ class Head(nn.Module):
         else:
             times, index = t, torch.arange(len(t), device=t.device)
         return self.denoise(x, self.embed(self.time_embed(times), self.cond_embed(z), index))
+
+
+def _at_times(by_time: Tensor, by_token: Tensor, index: Tensor | None) -> Tensor:
+    """Sums of a vector per time [K, w] and one per token [R / mul, w]: [R, w]; `index` as in `Head.embed`."""
+    if index is None:
+        return by_time + by_token
+    return (gather(by_time, index).unflatten(0, (-1, len(by_token))) + by_token).flatten(0, 1)
 
 
 def gather(table: Tensor, index: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """MAR's autoregressive loop: reveal positions step by step, each denoised by the diffusion head (Eq. 6)."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
@@ -120,18 +120,23 @@ class KeyedNoise:
         seeds: int64 [B].
         tokens: N.
         channels: C.
+        counts: the number of diffusion steps of each autoregressive step, whose noise is drawn at once.
     """
 
-    def __init__(self, seeds: Tensor, tokens: int, channels: int) -> None:
-        self.channels = channels
+    def __init__(self, seeds: Tensor, tokens: int, channels: int, counts: Sequence[int]) -> None:
+        self.channels, self.counts = channels, counts
         self._keys = rng.bits(0, Stream.SAMPLE_INIT, seeds, tokens).flatten()  # one per position: rows draw alone
+        self._drawn: tuple[int, Tensor] | None = None  # of the current autoregressive step: [R, S, C]
 
     def initial(self, step: int, rows: Tensor) -> Tensor:
         return rng.normal(0, Stream.SAMPLE_INIT, self._keys[rows], self.channels)
 
     def during(self, step: int, diffusion_step: int, rows: Tensor) -> Tensor:
-        start = diffusion_step * ((self.channels + 1) // 2)
-        return rng.normal(0, Stream.SAMPLE_STEP, self._keys[rows], self.channels, start=start)
+        if self._drawn is None or self._drawn[0] != step:
+            even = self.channels + self.channels % 2  # each diffusion step begins with a new pair
+            drawn = rng.normal(0, Stream.SAMPLE_STEP, self._keys[rows], self.counts[step] - 1, even)
+            self._drawn = step, drawn[..., : self.channels]
+        return self._drawn[1][:, diffusion_step]
 
 
 def predict(
@@ -146,7 +151,7 @@ def predict(
         scale: []; the prediction, ε for one, is guided as ε_null + scale · (ε - ε_null), the variance never is. None
             without guidance.
     """
-    y = head.embed(time, conditions, torch.zeros(len(conditions), dtype=torch.int64, device=x.device))
+    y = head.embed(time, conditions)
     if scale is None:
         return head.denoise(x, y)
     both, fractions = head.denoise(x.repeat(2, 1), y)
@@ -264,7 +269,10 @@ def sample_tokens(
     """
     n = model.config.tokens
     order = sampling_order(settings.order, seeds, n)
-    noise = KeyedNoise(seeds, n, model.config.token_dim)
+    kind, start = model.config.process, settings.diffusion_start
+    plans = reveal_schedule(n, settings)
+    counts = [len(_process(kind, plan.diffusion_steps, start, seeds.device)) for plan in plans]
+    noise = KeyedNoise(seeds, n, model.config.token_dim, counts)
     for step in sample_steps(model, labels, codes, order, noise, settings, run):
         tokens = step.tokens
     return tokens

@@ -1,0 +1,139 @@
+"""The counter of a GPU's step: that it counts, and the ceilings that the step keeps."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import count
+from benchmarks.count import CARD, Trace, run_backward, trace_step, without_a_card
+from mixar.config import load_config
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    "model.encoder_width=64", "model.encoder_heads=2", "model.encoder_depth=1", "model.decoder_depth=2",
+    "model.head_depth=1", "model.head_width=64", "prior.width=64", "prior.depth=1", "prior.heads=2",
+    "prior.mlp_width=64", "engine.compile=true", "train.micro_batch=16",
+]  # fmt: skip
+MODES = {  # with the number of steps: shapes vary from step to step in the first two
+    "ti_mix.enabled=true ti_mix.source=shards": 50, "mask.ratio_scope=batch": 50, "ti_mix.enabled=true": 4,
+    "model.guidance=none": 3, "model.guidance=dc_mix": 3, "model.guidance=dc_sa": 3, "model.guidance=dc_ca": 3,
+    "model.process=flow": 3,
+}  # fmt: skip
+
+
+@pytest.fixture
+def trace() -> Iterator[Trace]:
+    if torch.cuda.is_available():
+        pytest.skip("the counter stands in for a card that is not there")
+    found = Trace()
+    with without_a_card(found), found:
+        yield found
+
+
+def test_operators_are_counted_with_their_bytes_and_flop(trace: Trace) -> None:
+    x, y = torch.empty(64, 32, device=CARD), torch.empty(32, 16, device=CARD, dtype=torch.bfloat16)
+    trace.clear()
+    z = (x + 1).bfloat16().view(-1, 32).t().t() @ y
+    z.relu_()
+    torch._foreach_add_([x, x.clone()], 1.0)
+    torch.rand(8)  # on the host
+    assert [kernel.name for kernel in trace.kernels] == ["add", "_to_copy", "mm", "relu_", "clone", "_foreach_add_"]
+    assert [kernel.moved for kernel in trace.kernels] == [
+        2 * 4 * 64 * 32, (4 + 2) * 64 * 32, 2 * (64 * 32 + 32 * 16 + 64 * 16), 2 * 2 * 64 * 16, 2 * 4 * 64 * 32,
+        4 * 4 * 64 * 32,
+    ]  # fmt: skip
+    assert [kernel.flops for kernel in trace.kernels] == [0, 0, 2 * 64 * 32 * 16, 0, 0, 0]
+    assert not trace.blocking
+
+
+@pytest.mark.parametrize(
+    ("wait", "waits"),
+    [
+        (lambda x: x.sum().item(), True),
+        (lambda x: x.cpu(), True),
+        (lambda x: torch.ones(3).to(CARD), True),
+        (lambda x: torch.ones(3).to(CARD, non_blocking=True), True),  # its memory is not pinned
+        (lambda x: x[torch.tensor([0, 1])], True),
+        (lambda x: torch.ones(3).pin_memory().to(CARD, non_blocking=True), False),
+        (lambda x: x[torch.zeros(2, dtype=torch.int64, device=CARD)], False),
+        (lambda x: x.to(torch.float16), False),
+    ],
+)
+def test_what_makes_the_host_wait_is_found(trace: Trace, wait, waits: bool) -> None:
+    wait(torch.empty(4, 4, device=CARD))
+    assert bool(trace.blocking) is waits
+    assert all(place.startswith(__file__) for place in trace.blocking), "the place is named"
+
+
+def test_its_gradients_are_autograd_s() -> None:
+    torch.manual_seed(0)
+    shared, net = nn.Parameter(torch.randn(5)), nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 5))
+    x = torch.randn(3, 5, requires_grad=True)
+
+    def loss() -> torch.Tensor:
+        return (net(x * shared) + shared).square().mean() + x[0].sum()
+
+    leaves = [shared, x, *net.parameters()]
+    expected = torch.autograd.grad(loss(), leaves)
+    found = run_backward(Trace(), [loss()], [None], False, False, leaves)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    run_backward(Trace(), [loss()], [None], False, False)
+    for leaf, theirs in zip(leaves, expected):
+        torch.testing.assert_close(leaf.grad, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the counter stands in for a card that is not there")
+@pytest.mark.parametrize("mode", MODES)
+def test_no_mode_waits_or_compiles_again(mode: str) -> None:
+    cfg = load_config(ROOT / "configs/mixar_l.yaml", [*TINY, *mode.split()])
+    trace, graphs = trace_step(cfg, 16, MODES[mode])
+    assert graphs == {"graphs": 4, "dynamic": 0, "recompiles": 0}
+    assert trace.blocking == []
+    assert sum(kernel.part == "attention" for kernel in trace.kernels) > 0
+
+
+def counted(*args: str) -> dict:
+    done = subprocess.run([sys.executable, count.__file__, *args, "--json"], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the counter stands in for a card that is not there")
+def test_the_ceilings_of_the_large_model() -> None:
+    found = counted(str(ROOT / "configs/mixar_l.yaml"))
+    compiled = found["compiled"]
+    assert found["images"] == 64
+    assert found["kernels"]["total"] <= 2900
+    assert found["kernels"]["random"] <= 20
+    assert found["attention_calls"] == {"forward": 32, "backward": 32} == compiled["attention_calls"]
+    assert found["bytes_other"] <= 335e9
+    assert found["blocking"] == compiled["blocking"] == []
+    assert found["mfu"] >= 0.32
+    assert compiled["kernels"]["total"] <= 1800
+    assert compiled["bytes_other"] <= 165e9
+    assert (compiled["graphs"], compiled["dynamic"], compiled["recompiles"]) == (4, 0, 0)
+    assert compiled["mfu"] >= 0.42
+    assert found["optimizer"]["kernels"] <= 40
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the counter stands in for a card that is not there")
+@pytest.mark.parametrize(("args", "share"), [(["mixar_l", "--images", "32"], 0.41), (["mixar_b"], 0.36)])
+def test_the_share_of_the_peak_of_smaller_work(args: list[str], share: float) -> None:
+    config, *rest = args
+    assert counted(str(ROOT / f"configs/{config}.yaml"), *rest)["compiled"]["mfu"] >= share
+
+
+def test_a_config_that_is_not_counted_is_refused() -> None:
+    args = [sys.executable, count.__file__, str(ROOT / "configs/prior_14bit.yaml")]
+    done = subprocess.run(args, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "name a config of task=mixar" in done.stderr
