@@ -177,11 +177,16 @@ def _doctor(parser: argparse.ArgumentParser) -> None:
 
         mixar doctor [CONFIG] [key=value ...]
         srun --ntasks-per-node=8 mixar doctor CONFIG    every rank checks its place; so under torchrun -m mixar doctor
+        mixar doctor CONFIG [key=value ...] --gpu       other checks: of this machine's GPUs, with random weights
 
     With several ranks, the first one's findings are shown, then those in which other nodes differ, and a timed
     all-reduce. A line is `ok`, a `note` (it works, with a limitation), or `bad` (it will fail).
+
+    --gpu takes ten minutes at most and needs no images or weights. It checks numbers, operators, waits, compilation,
+    sampling and engines, measures a step, and writes every figure to gpu.json.
     """
     parser.add_argument("given", nargs="*", metavar="CONFIG key=value", help="a run to check for, both parts optional")
+    parser.add_argument("--gpu", action="store_true", help="check the GPUs by the config's step, and write gpu.json")
 
 
 class Verb(NamedTuple):

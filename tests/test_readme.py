@@ -70,6 +70,9 @@ PARSED = (
     "mixar plan configs/mixar_h.yaml --gpus 32 --gpu h100",
     "mixar plan configs/mixar_l_512.yaml --gpus 32",
     "mixar doctor configs/mixar_h.yaml",
+    "mixar doctor CONFIG --gpu",  # tests/gpu
+    "mixar doctor mixar_l --gpu",
+    "mixar doctor mixar_l train.micro_batch=16 --gpu",
     "sbatch slurm/train_h.sh",
     "sbatch --nodes=8 slurm/train_h.sh configs/mixar_h.yaml",
     "slurm/pipeline.sh l data.images=/data/imagenet/train -- --reference /data/imagenet/train --crop 256",

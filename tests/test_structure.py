@@ -24,7 +24,7 @@ FLOORS = (
     "data model",
     "engine sampling metrics",
     "checkpoint evaluation objectives plan profiler watch",
-    "tasks trainer",
+    "gpu tasks trainer",
     "train",
     "demo",
     "verbs",

@@ -1,6 +1,10 @@
-"""Checks of this machine: versions, devices, memory, compilers; with a config also folders, shards and weights."""
+"""Checks of this machine: versions, devices, memory, compilers; with a config also folders, shards and weights.
+
+With --gpu the checks of `mixar.gpu` in their place.
+"""
 
 import argparse
+import dataclasses
 import importlib
 import importlib.util
 import os
@@ -22,15 +26,16 @@ from packaging.utils import canonicalize_name
 
 from mixar import __version__, dist
 from mixar.codecs import load_tokenizer, load_vae
-from mixar.config import Config, load_config, missing_inputs
+from mixar.config import Config, load_config, missing_inputs, to_dict
 from mixar.data.manifest import check_manifest, read_manifest
 from mixar.data.remote import MANIFEST
 from mixar.errors import UserError
-from mixar.files import try_writing
+from mixar.files import check_writable, try_writing, write_json
 from mixar.ops.build import DEVICES, status
 from mixar.prior import load_prior
 
 EXTRAS = ("train", "plot", "demo")  # those of pyproject.toml that users install
+GPU_FILE = "gpu.json"  # in the current folder
 
 
 class Finding(NamedTuple):
@@ -235,6 +240,9 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"several configs were given ({', '.join(files)}): write one")
     overrides = [text for text in args.given if "=" in text]
     cfg = load_config(files[0] if files else None, overrides) if args.given else None
+    if args.gpu:
+        check_gpu(cfg if files else None)
+        return
     place = dist.start(timeout=120)
     try:
         findings = []
@@ -252,6 +260,40 @@ def run(args: argparse.Namespace) -> None:
     bad = sum(finding.status == "bad" for finding in findings)
     if bad:
         raise UserError(f"{bad} of {len(findings)} checks are bad: fix what the lines starting with `bad` report")
+
+
+def check_gpu(cfg: Config | None) -> None:
+    """Run the checks of a GPU, print their table, and write gpu.json after each finding.
+
+    Raises:
+        UserError: no config of MixAR, no GPU, or several ranks; or a check is bad.
+    """
+    place = dist.find()
+    if cfg is None or cfg.task != "mixar":
+        given = "no config" if cfg is None else f"a config with task={cfg.task}"
+        raise UserError(f"--gpu checks a training of MixAR, and {given} was given: write mixar doctor mixar_l --gpu")
+    if place.device.type != "cuda":
+        build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU alone"
+        raise UserError(
+            f"--gpu needs a GPU, and torch, built for {build}, sees none: start it on a machine with one, with a torch "
+            "built for CUDA, and look at CUDA_VISIBLE_DEVICES; without --gpu the doctor checks this machine"
+        )
+    if place.world > 1:
+        raise UserError(f"--gpu starts its own ranks, and {place.world} were started: write mixar doctor CONFIG --gpu")
+    check_writable(Path(GPU_FILE))
+    from mixar import gpu  # imports everything that trains and samples, which takes seconds
+
+    about, findings = gpu.describe() | {"config": to_dict(cfg)}, []
+    for finding in gpu.examine(cfg, place.device):
+        findings.append(finding)
+        print(gpu.row(finding), flush=True)
+        write_json(GPU_FILE, about | {"findings": [dataclasses.asdict(finding) for finding in findings]})
+    print(f"\nall figures are in {GPU_FILE}")
+    bad = sum(finding.status == "bad" for finding in findings)
+    if bad:
+        raise UserError(
+            f"{bad} of {len(findings)} checks are bad: report the lines starting with `bad`, and {GPU_FILE}"
+        )
 
 
 def _print(finding: Finding) -> None:

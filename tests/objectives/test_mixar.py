@@ -1,19 +1,17 @@
 """The training step of MixAR: what it computes, what it waits for, what it compiles."""
 
-import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from torch.overrides import TorchFunctionMode
 
 from mixar.codecs import LatentNorm
 from mixar.config import Config, PriorConfig, load_config, to_dict
 from mixar.data.batch import Batch
 from mixar.dist import Place
 from mixar.engine import build_engine
+from mixar.gpu.waits import ON_THE_HOST, Reads
 from mixar.mixing import ground_truth_share
 from mixar.objectives import MixARObjective
 from mixar.objectives import mixar as module
@@ -65,40 +63,13 @@ def test_compiled_blocks_are_compiled_once(cfg: Config) -> None:
     assert info.finite and info.scalars["ti_mix/generated"][0] > 0, "λ has fallen, and the prior's tokens are mixed in"
 
 
-class _Reads(TorchFunctionMode):
-    """Notes which function of mixar reads a tensor's value, for which the host would have to wait for a device."""
-
-    READS = (
-        "item", "tolist", "__bool__", "__int__", "__float__", "__index__", "numpy", "cpu", "nonzero", "masked_select",
-        "unique", "is_nonzero", "equal", "allclose",
-    )  # fmt: skip
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sites: Counter[str] = Counter()
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        by_mask = func is torch.Tensor.__getitem__ and isinstance(args[1], torch.Tensor) and args[1].dtype == torch.bool
-        if getattr(func, "__name__", "") in self.READS or by_mask:
-            self.sites[_caller()] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def _caller() -> str:
-    frame = sys._getframe(2)
-    while frame is not None and not frame.f_code.co_filename.startswith(str(ROOT / "mixar")):
-        frame = frame.f_back
-    return frame.f_code.co_name if frame is not None else "outside"
-
-
 def test_a_step_waits_for_no_device(cfg: Config) -> None:
     engine = build_engine(cfg, objective_of(cfg), PLACE)
     engine.step([batch_of(cfg, 0)], 0.5)  # tables are made in the first one
     batch = batch_of(cfg, 1)
-    with _Reads() as reads:
+    with Reads() as reads:
         engine.step([batch], 0.5)
-    # of what the host itself has drawn, whatever the device: the mask's counts, and who needs the prior
-    assert set(reads.sites) <= {"masked_counts", "_asking"}
+    assert set(reads.sites) <= {*ON_THE_HOST}
     with reads:
         torch.ones(1).item(), torch.ones(2)[torch.ones(2) > 0]
     assert reads.sites["outside"] == 2, "the watch does see what reads a value"
