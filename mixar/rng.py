@@ -77,6 +77,7 @@ def normal(seed: int, stream: Stream, index: Tensor, *shape: int, start: int = 0
 def gumbel(seed: int, stream: Stream, index: Tensor, *shape: int, start: int = 0) -> Tensor:
     """float32 [B, *shape], standard Gumbel, -log(-log(u)). Arguments as in `bits`."""
     u = uniform(seed, stream, index, *shape, start=start) + 2.0**-25  # the middle of each step of `uniform`
+    u = u.clamp_max(1 - 2.0**-24)  # that of the last one rounds to 1, whose value would be infinite
     return -torch.log(-torch.log(u))
 
 

@@ -50,6 +50,17 @@ def test_laws() -> None:
     assert abs(gumbel.mean() - 0.5772156649) < 2 * tolerance and abs(gumbel.var() - math.pi**2 / 6) < 6 * tolerance
 
 
+def test_the_largest_uniform_number_has_a_finite_gumbel() -> None:
+    index, largest = torch.arange(1), 1 - 2.0**-24  # one in 2^24
+    for start in range(0, 1 << 28, 1 << 22):
+        found = (rng.uniform(0, Stream.PRIOR_GUMBEL, index, 1 << 22, start=start)[0] == largest).nonzero()
+        if len(found):
+            break
+    place = start + int(found[0])
+    assert rng.uniform(0, Stream.PRIOR_GUMBEL, index, 1, start=place).item() == largest
+    assert 16 < rng.gumbel(0, Stream.PRIOR_GUMBEL, index, 1, start=place).item() < 17.4
+
+
 def test_permutations_are_uniform() -> None:
     orders = rng.permutation(0, Stream.MASK_ORDER, torch.arange(60_000), 4)
     assert torch.equal(orders.sort(-1).values, torch.arange(4).expand_as(orders))
