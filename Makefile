@@ -16,8 +16,9 @@ test: $(READY)          ## all tests
 test-fast: $(READY)     ## all tests but the slow ones, in under three minutes
 	.venv/bin/python -m pytest -m 'not slow'
 
-bench: $(READY)         ## time the step, sampling and the operators against the reference
+bench: $(READY)         ## time the step, sampling and the operators against the reference, and count a GPU's step
 	.venv/bin/python benchmarks/bench.py
+	.venv/bin/python benchmarks/count.py configs/mixar_l.yaml
 
 lint: $(READY)          ## the checks of a change before its tests
 	.venv/bin/ruff check
