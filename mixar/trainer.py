@@ -236,7 +236,7 @@ class Trainer:
 
 
 class _Task:
-    """An objective as the engine's task: it starts from the weights of `init_from`, and fixes the dropout per image."""
+    """An objective as the engine's task: it starts from the weights of `init_from`, and seeds torch per micro-batch."""
 
     def __init__(self, objective: Objective, cfg: Config, fresh: bool) -> None:
         self.objective, self.seed = objective, cfg.seed
@@ -252,7 +252,7 @@ class _Task:
         return self.given[name] if name in self.given else self.objective.initial(name, like)
 
     def loss(self, model: nn.Module, batch: Batch, epoch: float) -> tuple[Tensor, Scalars]:
-        # torch's own random numbers, in the prior's training and in the attention kernels of GPUs, are a function of
+        # torch's own random numbers, in the prior's training and in all dropout on GPUs, are a function of
         # the micro-batch, on whichever rank it is; all others are a function of the image
         first = torch.tensor(batch.host_index[:1])
         torch.manual_seed(int(rng.bits(self.seed, Stream.DROPOUT, first, 1).item()))
