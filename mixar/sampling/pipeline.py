@@ -50,8 +50,8 @@ class MixARPipeline:
         device: by default an accelerator where there is one.
         precision: `bf16` or `fp32`, of the model and the prior; by default the faster one of the device. The codecs
             decode in float32.
-        compile: the head's step by torch.compile, for many images on a GPU: a CUDA graph for each number of rows, and
-            the first images wait for it. On a CPU it gains nothing.
+        compile: the diffusion step by torch.compile, for many images on a GPU: a CUDA graph for each number of rows,
+            and the first images wait for it. On a CPU it gains nothing.
     """
 
     def __init__(
