@@ -148,9 +148,9 @@ Solver = Callable[
 """A step of sampling.
 
 (process, k, x_k [R, C], the network's outputs, the clean tokens predicted in step k+1, noise [R, C], temperature) to
-x_{k-1} and, if the next step needs them, the clean tokens predicted in this step. k and the temperature are as in
-`Process.ancestral_step`; zeros stand for the clean tokens before the first step and for the noise of the last. A solver
-in `STOCHASTIC` gets no clean tokens, another one no noise.
+x_{k-1} and, if the next step needs them, the clean tokens predicted in this step. k, noise and temperature are as in
+`Process.ancestral_step`; zeros stand for the clean tokens before the first step. A solver in `STOCHASTIC` gets no clean
+tokens, another one no noise.
 """
 
 

@@ -179,12 +179,19 @@ DiffusionStep = Callable[..., tuple[Tensor, Tensor | None]]
 
 def compiled_step(device: torch.device) -> DiffusionStep:
     """`diffusion_step` by torch.compile: on a GPU a CUDA graph for each number of rows, elsewhere one graph for all."""
-    cuda = device.type == "cuda"
-    if cuda:
-        torch._dynamo.config.recompile_limit = 128  # at most one per step of the reveal schedule
-        compiled = torch.compile(diffusion_step, fullgraph=True, dynamic=False, mode="reduce-overhead")
-    else:
-        compiled = torch.compile(diffusion_step, fullgraph=True, dynamic=True)
+    if device.type != "cuda":
+        return by_tensors(torch.compile(diffusion_step, fullgraph=True, dynamic=True), device, replayed=False)
+    torch._dynamo.config.recompile_limit = 128  # at most one per step of the reveal schedule
+    graphs = torch.compile(diffusion_step, fullgraph=True, dynamic=False, mode="reduce-overhead")
+    return by_tensors(graphs, device, replayed=True)
+
+
+def by_tensors(compiled: DiffusionStep, device: torch.device, replayed: bool) -> DiffusionStep:
+    """The compiled `diffusion_step` by a graph that is the same for all steps.
+
+    Args:
+        replayed: whether CUDA graphs of fixed sizes run, or one graph for all sizes.
+    """
 
     @lru_cache(maxsize=None, typed=True)
     def on_device(number: float) -> Tensor:
@@ -194,11 +201,13 @@ def compiled_step(device: torch.device) -> DiffusionStep:
         head: Head, process: Process, solve: Solver, step: int, x: Tensor, before: Tensor | None,
         noise: Tensor | None, time: Tensor, conditions: Tensor, scale: Tensor | None, temperature: float,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        if not cuda:  # a graph for all sizes is one for views, or for none, and for where they begin
+        if step == 0 and before is None:  # a stochastic solver's: it adds no noise, by the graph of those that do
+            noise = torch.zeros_like(x)
+        if not replayed:  # a graph for all sizes is one for views, or for none, and for where they begin
             x, time, noise = x.clone(), time.clone(), None if noise is None else noise.clone()
         k, temperatures = on_device(step), on_device(temperature)
         x, clean = compiled(head, process, solve, k, x, before, noise, time, conditions, scale, temperatures)
-        if cuda:
+        if replayed:
             # The next replay writes over what this one returns, and takes none of it as an input. Without gradients
             # each call is a new iteration: cudagraph_mark_step_begin would only force that on the process's others.
             x, clean = x.clone(), None if clean is None else clean.clone()
@@ -231,10 +240,10 @@ def denoise(
     conditions = head.cond_embed(z)
     weight = None if scale == 1 else torch.full((), scale, device=z.device)
     solve, draws = SOLVERS[settings.solver], settings.solver in STOCHASTIC
-    zeros = torch.zeros_like(initial)  # where there is nothing: None would be a compiled graph of its own
-    x, before = initial, None if draws else zeros
+    # zeros where nothing is predicted yet: None would be a compiled graph of its own
+    x, before = initial, None if draws else torch.zeros_like(initial)
     for done, step in enumerate(reversed(range(len(process)))):
-        noise = None if not draws else noise_at(done) if step > 0 else zeros
+        noise = noise_at(done) if draws and step > 0 else None
         time = times[step : step + 1]
         x, before = run(head, process, solve, step, x, before, noise, time, conditions, weight, settings.temperature)
         yield x

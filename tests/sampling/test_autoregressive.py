@@ -1,6 +1,7 @@
 """The fast ways of the autoregressive loop; the exact one is held by tests/golden."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 
@@ -15,7 +16,15 @@ from mixar.model import SOLVERS, STOCHASTIC, Diffusion, Process
 from mixar.model.flow import Flow
 from mixar.model.process import dpm
 from mixar.sampling import reveal_schedule
-from mixar.sampling.autoregressive import compiled_step, denoise, diffusion_step, sample_tokens, sampling_order
+from mixar.sampling.autoregressive import (
+    DiffusionStep,
+    by_tensors,
+    compiled_step,
+    denoise,
+    diffusion_step,
+    sample_tokens,
+    sampling_order,
+)
 
 
 @pytest.mark.parametrize("order", ["random", "checkerboard"])
@@ -120,35 +129,28 @@ def falling(solver: str) -> SampleConfig:
     return settings
 
 
+def fixed_sizes() -> DiffusionStep:
+    """What a GPU runs, but for what compiles its graphs."""
+    graphs = torch.compile(diffusion_step, fullgraph=True, dynamic=False, backend="eager")
+    return by_tensors(graphs, torch.device("cpu"), replayed=True)
+
+
+@pytest.mark.parametrize(("make", "graphs"), [(lambda: compiled_step(torch.device("cpu")), 1), (fixed_sizes, 6)])
 @pytest.mark.parametrize("process", PROCESSES)
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_one_graph_is_compiled_for_all_steps(make_pipeline, solver: str, process: str) -> None:
+def test_compiled_samples_are_the_plain_ones_without_a_graph_per_step(
+    make_pipeline, solver: str, process: str, make: Callable[[], DiffusionStep], graphs: int
+) -> None:
+    """One graph for all steps; where sizes are fixed, one for each number of rows."""
     torch._dynamo.reset()
     counters.clear()
-    model, run = make_pipeline("none", process).model, compiled_step(torch.device("cpu"))
+    model, run = make_pipeline("none", process).model, make()
     labels, seeds = torch.tensor([0, 1, 2, 0, 1]), torch.arange(5)
     for temperature in (1.0, 0.9) if solver in STOCHASTIC else (1.0,):
         settings = replace(falling(solver), temperature=temperature)
         plain, compiled = (sample_tokens(model, labels, None, seeds, settings, step) for step in (diffusion_step, run))
         torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-4 * plain.abs().max().item())
-    assert counters["stats"]["unique_graphs"] == 1
-
-
-@pytest.mark.parametrize("process", PROCESSES)
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_a_graph_of_fixed_sizes_depends_on_the_number_of_rows_alone(make_pipeline, solver: str, process: str) -> None:
-    """As on a GPU, but for what compiles the graphs."""
-    torch._dynamo.reset()
-    counters.clear()
-    compiled = torch.compile(diffusion_step, fullgraph=True, dynamic=False, backend="eager")
-
-    def run(head, process, solve, step, *given):
-        *others, temperature = given
-        return compiled(head, process, solve, torch.tensor([step]), *others, torch.tensor([temperature]))
-
-    model, labels = make_pipeline("none", process).model, torch.tensor([0, 1, 2, 0, 1])
-    assert sample_tokens(model, labels, None, torch.arange(5), falling(solver), run).isfinite().all()
-    assert counters["stats"]["unique_graphs"] == 6
+    assert counters["stats"]["unique_graphs"] == graphs
 
 
 @pytest.mark.parametrize("process", PROCESSES)
