@@ -49,7 +49,7 @@ from mixar.plan import make_plan
 from mixar.prior import Prior, keyed_draws, sample_codes
 from mixar.rng import Stream
 from mixar.sampling import sample_tokens
-from mixar.sampling.autoregressive import compiled_predict, predict
+from mixar.sampling.autoregressive import compiled_step, diffusion_step
 from mixar.sampling.reordered import reorder_linears
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -139,7 +139,7 @@ def sampling(
             prior = Prior(PriorConfig(**sizes, bits=14, grid=16, classes=1000)).eval()
     init_weights(model, 0)
     reorder_linears(torch.nn.ModuleList([model] if prior is None else [model, prior]))  # as in the pipeline
-    seeds, run = torch.arange(images, device=device), compiled_predict(device) if compiled else predict
+    seeds, run = torch.arange(images, device=device), compiled_step(device) if compiled else diffusion_step
 
     def work() -> float:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):

@@ -52,7 +52,7 @@ def add_flags(parser: argparse.ArgumentParser, count: str) -> None:
         parser.add_argument(flag(name), type=kind, help=f"{about} (default: the export's)")
     parser.add_argument("--preset", choices=PRESETS, help="settings to start from, which the flags above change")
     parser.add_argument("--precision", choices=PRECISIONS, help="default: the faster one of the device")
-    parser.add_argument("--compile", action="store_true", help="for many images on a GPU: the head in a CUDA graph")
+    parser.add_argument("--compile", action="store_true", help="for many images on a GPU: the diffusion in CUDA graphs")
 
 
 def given_flags(args: argparse.Namespace) -> list[str]:

@@ -13,9 +13,9 @@ from mixar.model.diffusion import Diffusion
 from mixar.model.guidance import guidance_of
 from mixar.model.init import init_weights, initial_value
 from mixar.model.mixar import Losses, MixAR, patchify, process_of, unpatchify
-from mixar.model.process import SOLVERS, Process
+from mixar.model.process import SOLVERS, STOCHASTIC, Process, Solver
 
 __all__ = [
-    "SOLVERS", "Diffusion", "Losses", "MixAR", "Process", "guidance_of", "init_weights", "initial_value", "patchify",
-    "process_of", "unpatchify",
+    "SOLVERS", "STOCHASTIC", "Diffusion", "Losses", "MixAR", "Process", "Solver", "guidance_of", "init_weights",
+    "initial_value", "patchify", "process_of", "unpatchify",
 ]  # fmt: skip

@@ -48,8 +48,7 @@ class Diffusion(Process):
         alphas_bar = np.cumprod(1 - betas)
         previous = np.append(1.0, alphas_bar[:-1])
         variance = betas * (1 - previous) / (1 - alphas_bar)
-        self.timesteps = torch.tensor(kept, device="cpu")  # on the CPU, also if the model is built on the meta device
-        self.alpha, self.sigma = np.sqrt(alphas_bar), np.sqrt(1 - alphas_bar)
+        alpha, sigma = np.sqrt(alphas_bar), np.sqrt(1 - alphas_bar)
         self.tables = {
             "betas": betas,
             "alphas_cumprod": alphas_bar,
@@ -60,15 +59,14 @@ class Diffusion(Process):
             ),
             "posterior_mean_coef1": betas * np.sqrt(previous) / (1 - alphas_bar),
             "posterior_mean_coef2": (1 - previous) * np.sqrt(1 - betas) / (1 - alphas_bar),
-            "sqrt_alphas_cumprod": self.alpha,
-            "sqrt_one_minus_alphas_cumprod": self.sigma,
+            "sqrt_alphas_cumprod": alpha,
+            "sqrt_one_minus_alphas_cumprod": sigma,
             "sqrt_recip_alphas_cumprod": np.sqrt(1 / alphas_bar),
             "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / alphas_bar - 1),
             "log_betas": np.log(betas),
         }
-        self._stacked = torch.tensor(
-            np.stack([self.tables[name] for name in _USED], -1), dtype=torch.float32, device="cpu"
-        )
+        timesteps = torch.tensor(kept, device="cpu")  # on the CPU, also if the model is built on the meta device
+        super().__init__(timesteps, alpha, sigma, {name: self.tables[name] for name in _USED})
 
     @staticmethod
     def times(u: Tensor) -> Tensor:
@@ -78,14 +76,6 @@ class Diffusion(Process):
     def loss_bytes(channels: int) -> int:
         # float32: 13 values and two flags per channel; 8 coefficients, a flag and the timestep (int64) per row
         return (13 * 4 + 2) * channels + 8 * 4 + 1 + 8
-
-    def coefficients(self, t: Tensor | int) -> dict[str, Any]:
-        """The tables at steps t [R] of this process, float32 [R, 1] each; numbers for a single step, without a copy."""
-        if isinstance(t, int):
-            return {name: float(self.tables[name][t]) for name in _USED}
-        if self._stacked.device != t.device:
-            self._stacked = self._stacked.to(t.device)
-        return dict(zip(_USED, self._stacked[t].unsqueeze(-2).unbind(-1)))
 
     def losses(self, net: Network, x0: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of Eq. 5 per row, and the variational term that trains the variance.
@@ -124,17 +114,14 @@ class Diffusion(Process):
         log_var = fraction * c["log_betas"] + (1 - fraction) * c["posterior_log_variance_clipped"]
         return x0, c["posterior_mean_coef1"] * x0 + c["posterior_mean_coef2"] * x, log_var
 
-    def clean(self, step: int, x: Tensor, prediction: Tensor) -> Tensor:
+    def clean(self, step: int | Tensor, x: Tensor, prediction: Tensor) -> Tensor:
         return _clean(self.coefficients(step), x, prediction)
 
     def ancestral_step(
-        self, step: int | Tensor, x: Tensor, eps: Tensor, v: Tensor | None, noise: Tensor | None, temperature: float, /
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """x_{k-1} sampled from x_k; the temperature scales the step's noise.
-
-        Args:
-            step: k of this process, a number for all rows or int64 [R].
-            x, eps, v, noise: [R, C]; step 0 adds no noise, so noise may be None there.
+        self, step: int | Tensor, x: Tensor, eps: Tensor, v: Tensor | None, noise: Tensor | None,
+        temperature: float | Tensor, /,
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        """x_{k-1} sampled from x_k; see `Process.ancestral_step`.
 
         Returns:
             the sample [R, C], and the mean, log_variance and pred_xstart that it was computed from.

@@ -17,9 +17,20 @@ class Flow(Process):
     levels = math.inf
 
     def __init__(self, spec: str | None = None, last: int = STEPS - 1) -> None:
-        self.sigma = np.array(even_times(str(STEPS) if spec is None else spec, last + 1))
-        self.alpha = 1 - self.sigma
-        self.timesteps = torch.tensor(STEPS * self.sigma, dtype=torch.float32, device="cpu")
+        sigma = np.array(even_times(str(STEPS) if spec is None else spec, last + 1))
+        alpha = 1 - sigma
+        timesteps = torch.tensor(STEPS * sigma, dtype=torch.float32, device="cpu")
+        # q(x_{k-1} | x_k, x0); the last step goes to the clean tokens, α = 1 and σ = 0
+        alpha_to, sigma_to = np.append(1, alpha[:-1]), np.append(0, sigma[:-1])
+        forward = alpha / alpha_to  # α of the forward step from x_{k-1} to x_k, whose variance follows
+        variance = sigma**2 - (forward * sigma_to) ** 2
+        tables = {
+            "sigma": sigma,
+            "mean_coef_x": forward * sigma_to**2 / sigma**2,
+            "mean_coef_x0": alpha_to * variance / sigma**2,
+            "deviation": np.sqrt(variance) * sigma_to / sigma,
+        }
+        super().__init__(timesteps, alpha, sigma, tables)
 
     @staticmethod
     def times(u: Tensor) -> Tensor:
@@ -35,20 +46,18 @@ class Flow(Process):
         velocity, _ = net((1 - s) * x0 + s * noise, t)
         return (noise - x0 - velocity).square().mean(-1), None
 
-    def clean(self, step: int, x: Tensor, prediction: Tensor) -> Tensor:
-        return x - float(self.sigma[step]) * prediction
+    def clean(self, step: int | Tensor, x: Tensor, prediction: Tensor) -> Tensor:
+        return x - self.coefficients(step)["sigma"] * prediction
 
     def ancestral_step(
-        self, step: int, x: Tensor, prediction: Tensor, v: Tensor | None, noise: Tensor | None, temperature: float, /
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self, step: int | Tensor, x: Tensor, prediction: Tensor, v: Tensor | None, noise: Tensor | None,
+        temperature: float | Tensor, /,
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """A sample of q(x_{k-1} | x_k, x0) at the predicted x0; see `Process.ancestral_step`."""
-        x0 = self.clean(step, x, prediction)
-        if step == 0:
-            return x0, {"mean": x0, "pred_xstart": x0}
-        assert noise is not None
-        (alpha_to, alpha), (sigma_to, sigma) = self.alpha[step - 1 : step + 1], self.sigma[step - 1 : step + 1]
-        forward = alpha / alpha_to  # α of the forward step from x_{k-1} to x_k, whose variance follows
-        variance = sigma**2 - (forward * sigma_to) ** 2
-        mean = float(forward * sigma_to**2 / sigma**2) * x + float(alpha_to * variance / sigma**2) * x0
-        deviation = float(math.sqrt(variance) * sigma_to / sigma)
-        return mean + deviation * temperature * noise, {"mean": mean, "pred_xstart": x0}
+        c, x0 = self.coefficients(step), self.clean(step, x, prediction)
+        mean = c["mean_coef_x"] * x + c["mean_coef_x0"] * x0
+        parts = {"mean": mean, "pred_xstart": x0}
+        if noise is None:
+            assert step == 0, "only the last step adds no noise"
+            return mean, parts
+        return mean + c["deviation"] * temperature * noise, parts

@@ -13,7 +13,7 @@ from torch import Tensor
 from mixar import rng
 from mixar.config import SampleConfig
 from mixar.mixing import Masking
-from mixar.model import SOLVERS, MixAR, Process, process_of
+from mixar.model import SOLVERS, STOCHASTIC, MixAR, Process, Solver, process_of
 from mixar.model.attention import Wanted
 from mixar.model.head import Head
 from mixar.rng import Stream
@@ -126,7 +126,7 @@ class KeyedNoise:
     def __init__(self, seeds: Tensor, tokens: int, channels: int, counts: Sequence[int]) -> None:
         self.channels, self.counts = channels, counts
         self._keys = rng.bits(0, Stream.SAMPLE_INIT, seeds, tokens).flatten()  # one per position: rows draw alone
-        self._drawn: tuple[int, Tensor] | None = None  # of the current autoregressive step: [R, S, C]
+        self._drawn: tuple[int, Tensor] | None = None  # of the current autoregressive step: [S, R, C]
 
     def initial(self, step: int, rows: Tensor) -> Tensor:
         return rng.normal(0, Stream.SAMPLE_INIT, self._keys[rows], self.channels)
@@ -135,8 +135,9 @@ class KeyedNoise:
         if self._drawn is None or self._drawn[0] != step:
             even = self.channels + self.channels % 2  # each diffusion step begins with a new pair
             drawn = rng.normal(0, Stream.SAMPLE_STEP, self._keys[rows], self.counts[step] - 1, even)
-            self._drawn = step, drawn[..., : self.channels]
-        return self._drawn[1][:, diffusion_step]
+            # a step's lie together: a compiled step then does not depend on their number
+            self._drawn = step, drawn[..., : self.channels].transpose(0, 1).contiguous()
+        return self._drawn[1][diffusion_step]
 
 
 def predict(
@@ -159,15 +160,60 @@ def predict(
     return null + scale * (prediction - null), None if fractions is None else fractions[: len(x)]
 
 
-Predict = Callable[[Head, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+def diffusion_step(
+    head: Head, process: Process, solve: Solver, step: int | Tensor, x: Tensor, before: Tensor | None,
+    noise: Tensor | None, time: Tensor, conditions: Tensor, scale: Tensor | None, temperature: float | Tensor,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """One step of the diffusion: the head with its guidance, and the solver's update of what it predicts.
+
+    Args:
+        step, x, before, noise, temperature: as of a `Solver`, whose results are returned.
+        time, conditions, scale: as of `predict`.
+    """
+    return solve(process, step, x, predict(head, x, time, conditions, scale), before, noise, temperature)
 
 
-def compiled_predict(device: torch.device) -> Predict:
-    """`predict` by torch.compile: on a GPU a CUDA graph for each number of rows, elsewhere one graph for all."""
-    if device.type == "cuda":
-        torch._dynamo.config.recompile_limit = 128  # at most one per step of the reveal schedule
-        return torch.compile(predict, fullgraph=True, dynamic=False, mode="reduce-overhead")
-    return torch.compile(predict, fullgraph=True, dynamic=True)
+DiffusionStep = Callable[..., tuple[Tensor, Tensor | None]]
+"""`diffusion_step`, or what it was compiled to; the step and the temperature are numbers."""
+
+
+def compiled_step(device: torch.device) -> DiffusionStep:
+    """`diffusion_step` by torch.compile: on a GPU a CUDA graph for each number of rows, elsewhere one graph for all."""
+    if device.type != "cuda":
+        return by_tensors(torch.compile(diffusion_step, fullgraph=True, dynamic=True), device, replayed=False)
+    torch._dynamo.config.recompile_limit = 128  # at most one per step of the reveal schedule
+    graphs = torch.compile(diffusion_step, fullgraph=True, dynamic=False, mode="reduce-overhead")
+    return by_tensors(graphs, device, replayed=True)
+
+
+def by_tensors(compiled: DiffusionStep, device: torch.device, replayed: bool) -> DiffusionStep:
+    """The compiled `diffusion_step` by a graph that is the same for all steps.
+
+    Args:
+        replayed: whether CUDA graphs of fixed sizes run, or one graph for all sizes.
+    """
+
+    @lru_cache(maxsize=None, typed=True)
+    def on_device(number: float) -> Tensor:
+        return torch.full((1,), number, device=device)  # the graph would hold a number as a constant
+
+    def run(
+        head: Head, process: Process, solve: Solver, step: int, x: Tensor, before: Tensor | None,
+        noise: Tensor | None, time: Tensor, conditions: Tensor, scale: Tensor | None, temperature: float,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        if step == 0 and before is None:  # a stochastic solver's: it adds no noise, by the graph of those that do
+            noise = torch.zeros_like(x)
+        if not replayed:  # a graph for all sizes is one for views, or for none, and for where they begin
+            x, time, noise = x.clone(), time.clone(), None if noise is None else noise.clone()
+        k, temperatures = on_device(step), on_device(temperature)
+        x, clean = compiled(head, process, solve, k, x, before, noise, time, conditions, scale, temperatures)
+        if replayed:
+            # The next replay writes over what this one returns, and takes none of it as an input. Without gradients
+            # each call is a new iteration: cudagraph_mark_step_begin would only force that on the process's others.
+            x, clean = x.clone(), None if clean is None else clean.clone()
+        return x, clean
+
+    return run
 
 
 def denoise(
@@ -178,7 +224,7 @@ def denoise(
     initial: Tensor,
     noise_at: Callable[[int], Tensor],
     settings: SampleConfig,
-    run: Predict = predict,
+    run: DiffusionStep = diffusion_step,
 ) -> Iterator[Tensor]:
     """The respaced loop of one autoregressive step, yielding the tokens [R, C] after each diffusion step.
 
@@ -187,25 +233,25 @@ def denoise(
         initial: [R, C].
         noise_at: the number of steps done to the next step's noise [R, C]; not asked where a step needs none.
         settings: the solver and the temperature.
-        run: `predict`, or what it was compiled to.
+        run: `diffusion_step`, or what it was compiled to.
     """
     # all rows share t, and the condition does not change: both are embedded once, not in every step
     times = head.time_embed(process.timesteps.to(z.device))
     conditions = head.cond_embed(z)
     weight = None if scale == 1 else torch.full((), scale, device=z.device)
-    solve = SOLVERS[settings.solver]
-    x, clean = initial, None
+    solve, draws = SOLVERS[settings.solver], settings.solver in STOCHASTIC
+    # zeros where nothing is predicted yet: None would be a compiled graph of its own
+    x, before = initial, None if draws else torch.zeros_like(initial)
     for done, step in enumerate(reversed(range(len(process)))):
-        outputs = run(head, x, times[step : step + 1], conditions, weight)
-        x, clean = solve(process, step, x, outputs, clean, partial(noise_at, done), settings.temperature)
+        noise = noise_at(done) if draws and step > 0 else None
+        time = times[step : step + 1]
+        x, before = run(head, process, solve, step, x, before, noise, time, conditions, weight, settings.temperature)
         yield x
 
 
 @lru_cache(maxsize=64)
 def _process(kind: str, spec: str, start: int, device: torch.device) -> Process:
-    process = process_of(kind, spec, start)
-    process.timesteps = process.timesteps.to(device)
-    return process
+    return process_of(kind, spec, start).to(device)
 
 
 @dataclass
@@ -226,7 +272,7 @@ def sample_steps(
     order: Tensor,
     noise: Noise,
     settings: SampleConfig,
-    run: Predict = predict,
+    run: DiffusionStep = diffusion_step,
 ) -> Iterator[Step]:
     """The loop, one `Step` at a time; steps that reveal nothing are not run.
 
@@ -259,7 +305,7 @@ def sample_steps(
 
 def sample_tokens(
     model: MixAR, labels: Tensor | None, codes: Tensor | None, seeds: Tensor, settings: SampleConfig,
-    run: Predict = predict,
+    run: DiffusionStep = diffusion_step,
 ) -> Tensor:  # fmt: skip
     """Continuous tokens [B, N, C], still normalised, image i drawn from `seeds[i]` alone.
 

@@ -26,7 +26,7 @@ from mixar.errors import SettingError, UserError, not_finite
 from mixar.files import creating_folder
 from mixar.model import MixAR, process_of, unpatchify
 from mixar.prior import Prior, keyed_draws, load_prior, sample_codes
-from mixar.sampling.autoregressive import compiled_predict, predict, sample_tokens
+from mixar.sampling.autoregressive import compiled_step, diffusion_step, sample_tokens
 from mixar.sampling.reordered import reorder_linears
 from mixar.weights import (
     describe_export,
@@ -50,8 +50,8 @@ class MixARPipeline:
         device: by default an accelerator where there is one.
         precision: `bf16` or `fp32`, of the model and the prior; by default the faster one of the device. The codecs
             decode in float32.
-        compile: the head's step by torch.compile, for many images on a GPU: a CUDA graph for each number of rows, and
-            the first images wait for it. On a CPU it gains nothing.
+        compile: the diffusion step by torch.compile, for many images on a GPU: a CUDA graph for each number of rows,
+            and the first images wait for it. On a CPU it gains nothing.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class MixARPipeline:
         self.vae = vae.to(self.device)
         self.prior = None if prior is None else prior.to(self.device)
         self.tokenizer = None if tokenizer is None else tokenizer.to(self.device)
-        self._predict = compiled_predict(self.device) if compile else predict
+        self._diffusion_step = compiled_step(self.device) if compile else diffusion_step
 
     @classmethod
     def from_pretrained(
@@ -273,7 +273,7 @@ class MixARPipeline:
 
     def _draw_tokens(self, labels: Tensor, seeds: Tensor, codes: Tensor | None) -> Tensor:
         with self._autocast():
-            return sample_tokens(self.model, labels, codes, seeds, self.settings, self._predict)
+            return sample_tokens(self.model, labels, codes, seeds, self.settings, self._diffusion_step)
 
     @torch.no_grad()
     def _decode(self, tokens: Tensor) -> Tensor:

@@ -1,11 +1,14 @@
 """Flow matching, the head's second process; the first is held by tests/golden."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
 from mixar.config import ModelConfig
 from mixar.errors import UserError
-from mixar.model import MixAR, init_weights
+from mixar.model import SOLVERS, STOCHASTIC, Diffusion, MixAR, Process, init_weights
 from mixar.model.flow import Flow
 from mixar.model.head import Head
 
@@ -55,6 +58,43 @@ def test_the_last_ancestral_step_gives_the_clean_tokens_and_a_temperature_of_zer
     torch.testing.assert_close(done, x - 0.25 * velocity)
     cold, parts = process.ancestral_step(2, x, velocity, None, torch.randn(5, 3), 0.0)
     assert torch.equal(cold, parts["mean"])
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize(("kind", "steps"), [(Diffusion, 1), (Diffusion, 7), (Flow, 1), (Flow, 7)])
+def test_a_step_is_the_same_by_its_number_and_by_a_tensor(kind: type[Process], steps: int, solver: str) -> None:
+    """The last step of the tensor's path gets zeros for the noise that it does not add."""
+    process, solve = kind(str(steps)), SOLVERS[solver]
+    x, prediction, v, noise, before = torch.randn(5, 6, 3)
+    outputs = prediction, v if process.learns_variance else None
+    for step in range(steps):
+        given = torch.zeros_like(noise) if step == 0 else noise
+        before = torch.zeros_like(before) if step == steps - 1 else before
+        plain, clean = solve(process, step, x, outputs, before, None if step == 0 else noise, 0.9)
+        found, known = solve(process, torch.tensor([step]), x, outputs, before, given, torch.tensor([0.9]))
+        torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5 * plain.abs().max().item())
+        assert (known is None) == (clean is None) == (solver in STOCHASTIC)
+        if step == 0:
+            torch.testing.assert_close(plain, process.clean(0, x, prediction))
+
+
+def test_the_numbers_of_a_step_are_those_of_its_formulas() -> None:
+    """Ho et al. (2020) for a draw of x_{k-1}, at α² + σ² = 1 and on the straight path; Lu et al. (2022), eq. 4.4."""
+    flow = Flow("5", 899)
+    alpha, sigma = flow.alpha, flow.sigma
+    for k in range(1, 5):
+        c, m = flow.coefficients(k), flow.multistep(k)
+        forward = alpha[k] / alpha[k - 1]
+        beta = sigma[k] ** 2 - forward**2 * sigma[k - 1] ** 2
+        assert c["mean_coef_x"] == pytest.approx(forward * sigma[k - 1] ** 2 / sigma[k] ** 2)
+        assert c["mean_coef_x0"] == pytest.approx(alpha[k - 1] * beta / sigma[k] ** 2)
+        assert c["deviation"] == pytest.approx(math.sqrt(beta) * sigma[k - 1] / sigma[k])
+        lambdas = np.log(alpha / sigma)
+        h = lambdas[k - 1] - lambdas[k]
+        assert m["keep"] == pytest.approx(sigma[k - 1] / sigma[k])
+        assert m["move"] == pytest.approx(alpha[k - 1] * (1 - math.exp(-h)))
+        assert m["change"] == pytest.approx(h / (lambdas[k] - lambdas[k + 1]) / 2 if k < 4 else 0)
+    assert flow.multistep(0) == {"keep": 0, "move": 1, "change": 0}, "the clean tokens"
 
 
 @pytest.mark.parametrize("spec", ["ddim50", "10,5", "0", "1001"])

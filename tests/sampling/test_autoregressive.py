@@ -1,19 +1,30 @@
 """The fast ways of the autoregressive loop; the exact one is held by tests/golden."""
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from mixar.config import PRESETS, PROCESSES, SampleConfig
 from mixar.errors import UserError
-from mixar.model import Diffusion, Process
+from mixar.model import SOLVERS, STOCHASTIC, Diffusion, Process
 from mixar.model.flow import Flow
 from mixar.model.process import dpm
 from mixar.sampling import reveal_schedule
-from mixar.sampling.autoregressive import compiled_predict, predict, sampling_order
+from mixar.sampling.autoregressive import (
+    DiffusionStep,
+    by_tensors,
+    compiled_step,
+    denoise,
+    diffusion_step,
+    sample_tokens,
+    sampling_order,
+)
 
 
 @pytest.mark.parametrize("order", ["random", "checkerboard"])
@@ -60,10 +71,6 @@ def test_guidance_is_left_out_outside_of_its_interval() -> None:
     assert part[4:12] == whole[4:12] and all(step.cfg_scale > 1 for step in whole)
 
 
-def no_noise() -> torch.Tensor:
-    raise AssertionError("this solver draws nothing")
-
-
 @pytest.mark.parametrize(("kind", "share"), [(Diffusion, 0), (Flow, 0.4)])
 def test_the_ode_solver_is_of_second_order(kind: type[Process], share: float) -> None:
     """On a Gaussian, whose ε and whose flow are known, twice the steps leave a quarter of the error.
@@ -78,13 +85,13 @@ def test_the_ode_solver_is_of_second_order(kind: type[Process], share: float) ->
         alpha, sigma = process.alpha, process.sigma
         spread = np.sqrt((alpha * std) ** 2 + sigma**2)
         quantile = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None]
-        x, before = float(alpha[-1]) * mean + float(spread[-1]) * quantile, None
+        x, before = float(alpha[-1]) * mean + float(spread[-1]) * quantile, torch.zeros(9, 1)
         last = max(0, round(share * steps) - 1)
         for step in reversed(range(last + 1, len(process))):
             eps = float(sigma[step] / spread[step] ** 2) * (x - float(alpha[step]) * mean)
             x0 = mean + float(alpha[step] * std**2 / spread[step] ** 2) * (x - float(alpha[step]) * mean)
             prediction = eps if kind is Diffusion else eps - x0
-            x, before = dpm(process, step, x, (prediction, None), before, no_noise, 1.0)
+            x, before = dpm(process, step, x, (prediction, None), before, None, 1.0)
         errors.append((x - (float(alpha[last]) * mean + float(spread[last]) * quantile)).abs().max().item())
     assert errors[-1] < 0.02 * std
     for coarse, fine in pairwise(errors):
@@ -93,21 +100,57 @@ def test_the_ode_solver_is_of_second_order(kind: type[Process], share: float) ->
 
 def test_the_last_ode_step_gives_the_clean_tokens() -> None:
     process, x, eps = Diffusion("8", 950), torch.randn(5, 3), torch.randn(5, 3)
-    done, clean = dpm(process, 0, x, (eps, None), torch.randn(5, 3), no_noise, 1.0)
+    done, clean = dpm(process, 0, x, (eps, None), torch.randn(5, 3), None, 1.0)
     torch.testing.assert_close(done, ((x - process.sigma[0] * eps) / process.alpha[0]).float())
     assert torch.equal(done, clean)
 
 
-@pytest.mark.parametrize("scale", [None, 2.5])
-def test_the_compiled_step_is_the_step(make_pipeline, scale: float | None) -> None:
-    head, run = make_pipeline().model.diffloss.net, compiled_predict(torch.device("cpu"))
-    weight = None if scale is None else torch.full((), scale)
+def no_noise(done: int) -> torch.Tensor:
+    raise AssertionError("this solver draws nothing")
+
+
+@pytest.mark.parametrize("kind", [Diffusion, Flow])
+def test_noise_is_drawn_only_where_a_step_adds_it(make_pipeline, kind: type[Process]) -> None:
+    head, asked = make_pipeline("none", "flow" if kind is Flow else "ddpm").model.diffloss.net, []
+    given = head, kind("4"), torch.randn(7, 32), 1.0, torch.randn(7, 4)
     with torch.no_grad():
-        times = head.time_embed(torch.tensor([0, 500, 999]))
-        for rows in (7, 12):
-            given = torch.randn(rows, 4), times[1:2], torch.randn(rows * (1 if scale is None else 2), 32), weight
-            for ours, plain in zip(run(head, *given), predict(head, *given)):
-                torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+        assert len(list(denoise(*given, no_noise, SampleConfig(solver="dpm")))) == 4
+        drawn = denoise(*given, lambda done: asked.append(done) or torch.randn(7, 4), SampleConfig(solver="ddpm"))
+        assert len(list(drawn)) == 4 and asked == [0, 1, 2]
+
+
+def falling(solver: str) -> SampleConfig:
+    """Ten autoregressive steps of six different numbers of rows, each with another number of diffusion steps."""
+    settings = SampleConfig(
+        steps=10, solver=solver, diffusion_steps="11", diffusion_steps_end=2, diffusion_start=950, cfg_scale=2.5
+    )
+    plan = reveal_schedule(64, settings)
+    assert len({step.diffusion_steps for step in plan}) == 10 and len({step.before - step.after for step in plan}) == 6
+    return settings
+
+
+def fixed_sizes() -> DiffusionStep:
+    """What a GPU runs, but for what compiles its graphs."""
+    graphs = torch.compile(diffusion_step, fullgraph=True, dynamic=False, backend="eager")
+    return by_tensors(graphs, torch.device("cpu"), replayed=True)
+
+
+@pytest.mark.parametrize(("make", "graphs"), [(lambda: compiled_step(torch.device("cpu")), 1), (fixed_sizes, 6)])
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_compiled_samples_are_the_plain_ones_without_a_graph_per_step(
+    make_pipeline, solver: str, process: str, make: Callable[[], DiffusionStep], graphs: int
+) -> None:
+    """One graph for all steps; where sizes are fixed, one for each number of rows."""
+    torch._dynamo.reset()
+    counters.clear()
+    model, run = make_pipeline("none", process).model, make()
+    labels, seeds = torch.tensor([0, 1, 2, 0, 1]), torch.arange(5)
+    for temperature in (1.0, 0.9) if solver in STOCHASTIC else (1.0,):
+        settings = replace(falling(solver), temperature=temperature)
+        plain, compiled = (sample_tokens(model, labels, None, seeds, settings, step) for step in (diffusion_step, run))
+        torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-4 * plain.abs().max().item())
+    assert counters["stats"]["unique_graphs"] == graphs
 
 
 @pytest.mark.parametrize("process", PROCESSES)
