@@ -33,7 +33,7 @@ def row_by_row(head: Head, x: torch.Tensor, t: torch.Tensor, z: torch.Tensor) ->
     x = head.input_proj(x)
     for block in head.res_blocks:
         shift, scale, gate = modulation(block.adaLN_modulation, 3)
-        x = x + gate * block.mlp(block.in_ln(x) * (1 + scale) + shift)
+        x = x + gate * block.mlp(F.layer_norm(x, x.shape[-1:], *block.in_ln.parameters(), 1e-6) * (1 + scale) + shift)
     shift, scale = modulation(head.final_layer.adaLN_modulation, 2)
     x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
     return head.final_layer.linear(x).chunk(2, -1)
