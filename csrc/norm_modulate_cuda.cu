@@ -26,7 +26,7 @@ template <typename X, typename M, int N> struct Columns {
 };
 
 template <typename X, typename M, typename O, int N>
-__global__ void __launch_bounds__(kMost) normalise(NormModulate m, float share) {
+__global__ void __launch_bounds__(kMost, 1) normalise(NormModulate m, float share) {
   __shared__ float sums[2][kMost / kWarp];
   const unsigned width = unsigned(m.width), begin = threadIdx.x * N, step = blockDim.x * N;
   for (int64_t row = blockIdx.x; row < m.rows; row += gridDim.x) {

@@ -20,7 +20,9 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class ModulatedNorm(nn.LayerNorm):
     """modulate(norm(x)): composed, which torch.compile fuses, or without gradients by one operator."""
 
-    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype
+    ) -> Tensor:
         """x, shift, scale [R, w]: [R, w], which the operator rounds to `dtype`."""
         learns = torch.is_grad_enabled() and any(v.requires_grad for v in (x, shift, scale, *self.parameters()))
         if learns or not in_one(x.device.type):

@@ -24,12 +24,14 @@ def random_bits(index: Tensor, key: int, start: int, count: int) -> Tensor:
     Returns:
         int64 [B, count] on `index`'s device.
     """
-    return (torch.ops.mixar.random_bits if in_one(index.device.type) else bits_reference)(index, key, start, count)
+    draw = torch.ops.mixar.random_bits if in_one(index.device.type) else bits_reference
+    return draw(index, key, start, count)
 
 
 def random_uniform(index: Tensor, key: int, start: int, count: int) -> Tensor:
     """float32 [B, count], uniform on [0, 1) in steps of 2^-24. Arguments as in `random_bits`."""
-    return (torch.ops.mixar.random_uniform if in_one(index.device.type) else uniform_reference)(index, key, start, count)
+    draw = torch.ops.mixar.random_uniform if in_one(index.device.type) else uniform_reference
+    return draw(index, key, start, count)
 
 
 def random_normal(index: Tensor, key: int, start: int, count: int) -> Tensor:

@@ -1,5 +1,7 @@
 """The diffusion head's two ways to modulate, and what it computes once instead of once a row."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ import torch.nn.functional as F
 from mixar.config import ModelConfig
 from mixar.model import MixAR, init_weights
 from mixar.model.head import Head
+from mixar.ops import in_one, load, native
 
 ROWS, MUL = 300, 4
 
@@ -55,6 +58,68 @@ def test_the_head_is_its_equations(separable: bool, rows: int) -> None:
     ]
     for (name, _), ours, plain in zip(head.named_parameters(), *gradients):
         torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-3 * plain.abs().max().item(), msg=name)
+
+
+def calls(work: Callable[[], object]) -> int:
+    """How often the operator of the modulated norm is called."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        work()
+    return sum(event.count for event in profile.key_averages() if event.key == "mixar::norm_modulate")
+
+
+@pytest.fixture
+def kernels() -> None:
+    load("cpu")
+    if not in_one("cpu"):
+        pytest.skip("no g++ to compile the CPU operators with")
+
+
+@pytest.mark.parametrize("separable", [False, True])
+def test_without_gradients_the_modulated_norm_is_one_operator(kernels: None, separable: bool) -> None:
+    head = head_of(separable)
+    x, t, z = torch.randn(8, 4), torch.arange(8), torch.randn(8, 24)
+    expected = head(x, t, z)
+    with torch.no_grad():
+        found = head(x, t, z)
+        assert calls(lambda: head(x, t, z)) == 3  # two blocks, the final layer
+    assert calls(lambda: head(x, t, z)) == 0
+    for ours, trained in zip(found, expected):
+        torch.testing.assert_close(ours, trained, rtol=1e-5, atol=1e-5)
+    assert calls(lambda: head.requires_grad_(False)(x, t, z)) == 3
+    assert calls(lambda: head(x, t, z.requires_grad_())) == 0
+
+
+def test_without_kernels_a_cpu_composes_it(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    head, x, t, z = head_of(False), torch.randn(8, 4), torch.arange(8), torch.randn(8, 24)
+    expected = head(x, t, z)
+    monkeypatch.setattr(native, "_compiled", set())
+    with torch.no_grad():
+        assert calls(lambda: head(x, t, z)) == 0
+        assert all(map(torch.equal, head(x, t, z), expected))
+
+
+def test_in_bfloat16_the_operator_rounds_less(kernels: None) -> None:
+    head, x, t, z = head_of(False), torch.randn(256, 4), torch.arange(256), torch.randn(256, 24)
+    truth = head(x, t, z)
+    with torch.autocast("cpu", torch.bfloat16):
+        composed = head(x, t, z)
+        with torch.no_grad():
+            found = head(x, t, z)
+    for ours, theirs, exact in zip(found, composed, truth):
+        assert ours.dtype == torch.float32 and not torch.equal(ours, theirs)
+        assert (ours - exact).square().mean() < (theirs - exact).square().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_compiles_to_one_graph_without_gradients(kernels: None, dtype: torch.dtype) -> None:
+    head, x, z = head_of(False), torch.randn(8, 4), torch.randn(8, 24)
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+        compiled = torch.compile(head, fullgraph=True)
+        found = compiled(x, torch.arange(8), z)
+        assert calls(lambda: compiled(x, torch.arange(8), z)) == 3
+        for ours, plain in zip(found, head(x, torch.arange(8), z)):
+            error = 1e-5 if dtype == torch.float32 else 0.1
+            torch.testing.assert_close(ours, plain, rtol=error, atol=error)
 
 
 def test_only_separable_heads_have_a_map_of_the_time() -> None:

@@ -1,4 +1,4 @@
-"""Inputs of mix_gather and norm_modulate with what they must give, and the CUDA source compiled for the host to run on them."""
+"""Inputs of operators with what they must give, and the CUDA source compiled for the host to run on them."""
 
 import ctypes
 import itertools

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from kernels import (
     BF16,
     CASES,
@@ -80,6 +81,7 @@ def test_norm_modulate_against_float64(emulated: Emulated, types) -> None:
 
 def test_norm_modulate_of_addresses_that_are_not_whole_vectors(emulated: Emulated) -> None:
     x, weight, bias, shift, scale, *rest = norm_inputs(3, 64)
+    assert all(value.data_ptr() % 16 == 0 for value in (x, weight, bias, shift, scale))
     aligned = emulated.norm_modulate(x, weight, bias, shift, scale, *rest)
     wide = torch.zeros(3, 193)
     wide[:, :64], wide[:, 64:128] = shift, scale
@@ -88,6 +90,13 @@ def test_norm_modulate_of_addresses_that_are_not_whole_vectors(emulated: Emulate
                   (x, weight, shifted(bias), shift, scale), (x, weight, bias, far[0], scale),
                   (x, weight, bias, shift, far[1])):  # fmt: skip
         torch.testing.assert_close(emulated.norm_modulate(*given, *rest), aligned, rtol=1e-6, atol=1e-6)
+
+
+def test_norm_modulate_of_whole_vectors_around_odd_rows(emulated: Emulated) -> None:
+    x, weight, bias, *modulation, eps, dtype = norm_inputs(3, 33)
+    padded = (F.pad(value, (0, 3))[:, :33] for value in modulation)
+    given = (x, weight, bias, *padded, eps, dtype)
+    assert_norm(emulated.norm_modulate(*given), given)
 
 
 def test_norm_modulate_of_rows_far_apart(emulated: Emulated) -> None:
@@ -272,15 +281,13 @@ NORM_MUTATIONS = [
     (NORM, "warp < warps", "warp < 1"),
     (NORM, "row += gridDim.x", "row += 2 * gridDim.x"),
     (NORM, "row * m.shift_stride", "row * m.width"),
-    (NORM, "row * m.scale_stride", "int(row * m.scale_stride)"),
-    (NORM, "scale + m.scale_stride", "scale"),
+    (NORM, "row * m.scale_stride", "unsigned(row * m.scale_stride)"),
     (NORM, "f(begin + k * step, held[k])", "f(begin + k * step, held[0])"),
     (NORM, "d = begin + kHeld * step", "d = begin + (kHeld + 1) * step"),
     (NORM, "(load(from.x.at[c]) - mean) * (load(from.x.at[c]) - mean)", "load(from.x.at[c]) * load(from.x.at[c])"),
     (NORM, "bias = read<N>(m.bias + d)", "bias = weight"),
-    (NORM, "(sizeof(X) > sizeof(M))", "false"),
     ("norm_modulate.h", "variance = squares * share + eps", "variance = squares * share"),
-    ("norm_modulate.h", "h * scale + h + shift", "h * scale + shift"),
+    ("norm_modulate.h", "return h * scale + h", "return h * scale"),
     ("launch.h", "width % N == 0", "true"),
 ]
 
@@ -291,6 +298,7 @@ def test_a_seeded_fault_of_the_modulated_norm_is_caught(tmp_path: Path, file: st
     kernels = Emulated(compile_emulation(tmp_path / "mutant.so", [folder / NORM], folder, ["-shared", "-O0"]))
     with pytest.raises((AssertionError, Fault)):
         check_norm(kernels)
+        test_norm_modulate_of_whole_vectors_around_odd_rows(kernels)
         test_norm_modulate_of_rows_far_apart(kernels)
         test_norm_modulate_of_constant_rows_and_of_nan(kernels)
 
@@ -304,3 +312,12 @@ def test_sanitizers(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         done = subprocess.run([program, kernels, "short"], capture_output=True, text=True)
         assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr
+
+
+def test_a_sanitizer_sees_rows_that_begin_within_16_bytes(tmp_path: Path) -> None:
+    folder = mutant(tmp_path / "csrc", NORM, "scale, scale + m.scale_stride", "scale")
+    sources = [EMULATION / "sanitize.cpp", *folder.glob("*.cu"), *folder.glob("*_cpu.cpp")]
+    flags = ["-O0", "-fsanitize=alignment", "-fno-sanitize-recover=all"]
+    program = compile_emulation(tmp_path / "sanitize", sources, folder, flags)
+    done = subprocess.run([program, "cuda"], capture_output=True, text=True)
+    assert done.returncode != 0 and "misaligned address" in done.stderr
