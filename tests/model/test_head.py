@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mixar.config import ModelConfig
 from mixar.model import MixAR, init_weights
@@ -110,16 +111,32 @@ def test_in_bfloat16_the_operator_rounds_less(kernels: None) -> None:
         assert (ours - exact).square().mean() < (theirs - exact).square().mean()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_head_compiles_to_one_graph_without_gradients(kernels: None, dtype: torch.dtype) -> None:
-    head, x, z = head_of(False), torch.randn(8, 4), torch.randn(8, 24)
-    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+def test_a_cpu_s_compiled_head_fuses_the_composition(kernels: None) -> None:
+    head, x, t, z = head_of(False), torch.randn(8, 4), torch.arange(8), torch.randn(8, 24)
+    with torch.no_grad():
         compiled = torch.compile(head, fullgraph=True)
-        found = compiled(x, torch.arange(8), z)
-        assert calls(lambda: compiled(x, torch.arange(8), z)) == 3
-        for ours, plain in zip(found, head(x, torch.arange(8), z)):
-            error = 1e-5 if dtype == torch.float32 else 0.1
-            torch.testing.assert_close(ours, plain, rtol=error, atol=error)
+        found = compiled(x, t, z)
+        assert calls(lambda: compiled(x, t, z)) == 0
+        for ours, plain in zip(found, head(x, t, z)):
+            torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_gpu_s_compiled_head_has_the_operator_in_its_graph(gradient: bool) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _):
+        graphs.append(graph)
+        return graph.forward
+
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"), torch.set_grad_enabled(gradient):
+        head, x, t, z = Head(4, 24, 2, 16), torch.randn(8, 4), torch.arange(8), torch.randn(8, 24)
+        with torch.autocast("cuda", torch.bfloat16):
+            found, _ = torch.compile(head, backend=backend, fullgraph=True)(x, t, z)
+    assert found.shape == (8, 4) and found.dtype == torch.float32 and len(graphs) == 1
+    norms = [node for node in graphs[0].graph.nodes if "norm_modulate" in str(node.target)]
+    dtypes = [node.args[-1] for node in norms]
+    assert dtypes == ([] if gradient else [torch.bfloat16, torch.bfloat16, torch.float32])
 
 
 def test_only_separable_heads_have_a_map_of_the_time() -> None:

@@ -61,6 +61,19 @@ def test_opcheck(native: None) -> None:
         opcheck(torch.ops.mixar.norm_modulate.default, norm_inputs(5, 24, types, affine=False, parts=2))
 
 
+def test_inductor_compiles(native: None) -> None:
+    x, weight, bias, _, _, eps, dtype = norm_inputs(6, 24)
+    wide = torch.randn(6, 72)
+
+    def f(x, wide):
+        shift, scale, gate = (2 * wide).chunk(3, -1)
+        return norm_modulate(x + 1, weight, bias, shift, scale, eps, dtype) * gate
+
+    compiled = torch.compile(f, fullgraph=True, dynamic=True)
+    for rows in (6, 3):
+        torch.testing.assert_close(compiled(x[:rows], wide[:rows]), f(x[:rows], wide[:rows]))
+
+
 @pytest.mark.parametrize(
     ("at", "value", "told"),
     [
