@@ -133,8 +133,7 @@ std::tuple<Tensor, Tensor, Tensor> mix_gather_backward(
 // The tensor itself if its columns are neighbours, however far apart its rows are, else a contiguous copy.
 Tensor with_whole_rows(const Tensor& x) { return x.stride(1) == 1 ? x : Held::contiguous(x); }
 
-Tensor norm_modulate(
-    Tensor x, Maybe weight, Maybe bias, Tensor shift, Tensor scale, double eps, ScalarType type) {
+Tensor norm_modulate(Tensor x, Maybe weight, Maybe bias, Tensor shift, Tensor scale, double eps, ScalarType type) {
   STD_TORCH_CHECK(x.dim() == 2 && x.size(1) <= INT32_MAX, "mixar: x [R, w] needed, w below 2^31");
   const int64_t rows = x.size(0), width = x.size(1);
   for (const Tensor& given : {shift, scale}) {

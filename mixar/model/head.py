@@ -18,14 +18,12 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class ModulatedNorm(nn.LayerNorm):
-    """modulate(norm(x)): composed, which torch.compile fuses, or without gradients by one operator."""
+    """modulate(norm(x)): where a gradient is needed composed, which torch.compile fuses; else one operator."""
 
-    def forward(  # type: ignore[override]
-        self, x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype
-    ) -> Tensor:
-        """x, shift, scale [R, w]: [R, w], which the operator rounds to `dtype`."""
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+        """x, shift, scale [R, w]: [R, w], of `dtype` if it is the operator's."""
         learns = torch.is_grad_enabled() and any(v.requires_grad for v in (x, shift, scale, *self.parameters()))
-        fused = x.device.type == "cpu" and torch.compiler.is_compiling()  # its loop is faster than a call from it
+        fused = x.device.type == "cpu" and torch.compiler.is_compiling()  # whose loop is faster than a call
         if learns or fused or not in_one(x.device.type):
             return modulate(super().forward(x), shift, scale)
         return norm_modulate(x, self.weight, self.bias, shift, scale, self.eps, dtype)
