@@ -130,6 +130,38 @@ std::tuple<Tensor, Tensor, Tensor> mix_gather_backward(
   return {d_encoded, d_positions, torch::stable::sum(d_map, torch::headeronly::IntHeaderOnlyArrayRef(over_groups, 1))};
 }
 
+// The tensor itself if its columns are neighbours, however far apart its rows are, else a contiguous copy.
+Tensor with_whole_rows(const Tensor& x) { return x.stride(1) == 1 ? x : Held::contiguous(x); }
+
+Tensor norm_modulate(Tensor x, Maybe weight, Maybe bias, Tensor shift, Tensor scale, double eps, ScalarType type) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) <= INT32_MAX, "mixar: x [R, w] needed, w below 2^31");
+  const int64_t rows = x.size(0), width = x.size(1);
+  for (const Tensor& given : {shift, scale}) {
+    const bool fits = given.dim() == 2 && given.size(0) == rows && given.size(1) == width;
+    STD_TORCH_CHECK(fits && given.scalar_type() == shift.scalar_type(),
+                    "mixar: shift and scale [", rows, ", ", width, "] of one type needed");
+  }
+  for (const Maybe& given : {weight, bias}) {
+    STD_TORCH_CHECK(!given || (given->numel() == width && given->scalar_type() == ScalarType::Float),
+                    "mixar: weight and bias float32 [", width, "] needed");
+  }
+  x = Held::contiguous(x), weight = Held::contiguous(weight), bias = Held::contiguous(bias);
+  shift = with_whole_rows(shift), scale = with_whole_rows(scale);
+  Tensor out = torch::stable::new_empty(x, {rows, width}, type);
+  const mixar::NormModulate m{
+      rows, width, shift.stride(0), scale.stride(0), float(eps), x.data_ptr(), Held::data<float>(weight),
+      Held::data<float>(bias), shift.data_ptr(), scale.data_ptr(), out.data_ptr()};
+  const mixar::Type types[] = {type_of(x.scalar_type()), type_of(shift.scalar_type()), type_of(type)};
+#ifdef MIXAR_CUDA
+  run(out, [&](void* stream) { return mixar_norm_modulate_cuda(&m, types[0], types[1], types[2], stream); });
+#else
+  run(out, [&](const mixar::Parallel& parallel) {
+    return mixar::norm_modulate_cpu(m, types[0], types[1], types[2], parallel);
+  });
+#endif
+  return out;
+}
+
 Tensor timestep_embed(Tensor t, Tensor frequencies, ScalarType type) {
   t = Held::contiguous(t), frequencies = Held::contiguous(frequencies);
   Tensor out = torch::stable::new_empty(t, {t.size(0), 2 * frequencies.size(0)}, type);
@@ -178,6 +210,7 @@ Tensor random_normal(Tensor index, int64_t key, int64_t start, int64_t count) {
 STABLE_TORCH_LIBRARY_IMPL(mixar, MIXAR_DEVICE, m) {
   m.impl("mix_gather", TORCH_BOX(&mix_gather));
   m.impl("mix_gather_backward", TORCH_BOX(&mix_gather_backward));
+  m.impl("norm_modulate", TORCH_BOX(&norm_modulate));
   m.impl("timestep_embed", TORCH_BOX(&timestep_embed));
   m.impl("random_bits", TORCH_BOX(&random_bits));
   m.impl("random_uniform", TORCH_BOX(&random_uniform));

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "mix_gather.h"
+#include "norm_modulate.h"
 #include "random.h"
 #include "timestep_embed.h"
 
@@ -10,6 +11,7 @@ namespace mixar {
 
 bool mix_gather_cpu(const MixGather& m, Type gathered, Type rest, const Parallel& parallel);
 bool mix_gather_backward_cpu(const MixGatherBackward& m, Type gathered, Type rest, const Parallel& parallel);
+bool norm_modulate_cpu(const NormModulate& m, Type x, Type modulation, Type out, const Parallel& parallel);
 bool timestep_embed_cpu(const TimestepEmbed& m, Type type, const Parallel& parallel);
 void random_bits_cpu(const Random& m, const Parallel& parallel);
 void random_uniform_cpu(const Random& m, const Parallel& parallel);
@@ -21,6 +23,8 @@ extern "C" {
 int mixar_mix_gather_cuda(const mixar::MixGather* m, mixar::Type gathered, mixar::Type rest, void* stream);
 int mixar_mix_gather_backward_cuda(
     const mixar::MixGatherBackward* m, mixar::Type gathered, mixar::Type rest, void* stream);
+int mixar_norm_modulate_cuda(
+    const mixar::NormModulate* m, mixar::Type x, mixar::Type modulation, mixar::Type out, void* stream);
 int mixar_timestep_embed_cuda(const mixar::TimestepEmbed* m, mixar::Type type, void* stream);
 int mixar_random_bits_cuda(const mixar::Random* m, void* stream);
 int mixar_random_uniform_cuda(const mixar::Random* m, void* stream);

@@ -60,6 +60,12 @@ template <typename F> bool dispatch(Type gathered, Type rest, F f) {
   return false;
 }
 
+// Calls f, which says whether it knows the value's type, with a value of a type of 16 or 32 bits.
+template <typename F> bool with_type(Type type, F f) {
+  if (type == Type::float32) return f(float{});
+  return type == Type::bfloat16 && f(bfloat16{});
+}
+
 // Runs body(begin, end) over parts of 0..count, in threads if possible.
 using Body = std::function<void(int64_t begin, int64_t end)>;
 using Parallel = std::function<void(int64_t count, const Body& body)>;

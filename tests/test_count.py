@@ -122,6 +122,7 @@ def test_the_ceilings_of_the_large_model() -> None:
     assert (compiled["graphs"], compiled["dynamic"], compiled["recompiles"]) == (4, 0, 0)
     assert compiled["mfu"] >= 0.42
     assert found["optimizer"]["kernels"] <= 40
+    assert found["sampling"]["kernels_per_diffusion_step"] <= 110
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixar.config import STEPS
-from mixar.ops import gated_add, timestep_embed
+from mixar.ops import gated_add, in_one, norm_modulate, timestep_embed
 
 EPS = 1e-6  # of the head's layer norms
 
@@ -15,6 +15,23 @@ EPS = 1e-6  # of the head's layer norms
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (1 + scale) + shift, in a form that does not keep 1 + scale for the backward pass."""
     return x * scale + x + shift
+
+
+class ModulatedNorm(nn.LayerNorm):
+    """modulate(norm(x)): where a gradient is needed composed, which torch.compile fuses; else one operator."""
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
+        """x, shift, scale [R, w]: [R, w], of `dtype` if it is the operator's."""
+        learns = torch.is_grad_enabled() and any(v.requires_grad for v in (x, shift, scale, *self.parameters()))
+        fused = x.device.type == "cpu" and torch.compiler.is_compiling()  # whose loop is faster than a call
+        if learns or fused or not in_one(x.device.type):
+            return modulate(super().forward(x), shift, scale)
+        return norm_modulate(x, self.weight, self.bias, shift, scale, self.eps, dtype)
+
+
+def linear_dtype(device: str, otherwise: torch.dtype) -> torch.dtype:
+    """The type in which a linear layer computes on a device type: autocast's, or without it the given one."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else otherwise
 
 
 class TimestepEmbedder(nn.Module):
@@ -28,9 +45,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """t [R] on the scale of the 1000 training steps: [R, w]."""
-        kind = t.device.type
-        autocast = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if autocast else next(self.mlp.parameters()).dtype
+        dtype = linear_dtype(t.device.type, next(self.mlp.parameters()).dtype)
         return self.mlp(timestep_embed(t, self.features, dtype=dtype))
 
 
@@ -73,13 +88,13 @@ class ResBlock(nn.Module):
 
     def __init__(self, width: int, separable: bool) -> None:
         super().__init__()
-        self.in_ln = nn.LayerNorm(width, eps=EPS)
+        self.in_ln = ModulatedNorm(width, eps=EPS)
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.adaLN_modulation = Modulation(width, 3, separable)
 
     def forward(self, x: Tensor, y: Embedded) -> Tensor:
         shift, scale, gate = self.adaLN_modulation(y)
-        return gated_add(x, gate, self.mlp(modulate(self.in_ln(x), shift, scale)))
+        return gated_add(x, gate, self.mlp(self.in_ln(x, shift, scale, linear_dtype(x.device.type, x.dtype))))
 
 
 class FinalLayer(nn.Module):
@@ -87,12 +102,13 @@ class FinalLayer(nn.Module):
 
     def __init__(self, width: int, out: int, separable: bool) -> None:
         super().__init__()
+        self.norm = ModulatedNorm(width, eps=EPS, elementwise_affine=False)
         self.linear = nn.Linear(width, out)
         self.adaLN_modulation = Modulation(width, 2, separable)
 
     def forward(self, x: Tensor, y: Embedded) -> Tensor:
         shift, scale = self.adaLN_modulation(y)
-        x = modulate(F.layer_norm(x, x.shape[-1:], eps=EPS), shift, scale)
+        x = self.norm(x, shift, scale, torch.float32)
         # in float32 also under autocast: near t = 999 sampling multiplies the rounding error of ε by 2e4
         with torch.autocast(x.device.type, enabled=False):
             return self.linear(x.float())

@@ -106,7 +106,8 @@ def _steps(device: str, file: Path) -> list[list[str]]:
     bind = str(SOURCES / "bind.cpp")
     sources = [str(path) for path in sorted(SOURCES.glob("*.cu" if device == "cuda" else "*_cpu.cpp"))]
     if device == "cpu":
-        return [["g++", *common, "-march=native", "-fPIC", "-shared", bind, *sources, *link, "-o", out]]
+        shared = ["-march=native", "-fopenmp-simd", "-fPIC", "-shared"]
+        return [["g++", *common, *shared, bind, *sources, *link, "-o", out]]
     known = _architectures()
     codes = [f"-gencode=arch={name.replace('sm', 'compute')},code={name}" for name in known]
     newest = known[-1].replace("sm", "compute")

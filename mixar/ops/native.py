@@ -69,6 +69,14 @@ def has_kernels(device: str) -> bool:
     return device in _compiled
 
 
+def in_one(device: str) -> bool:
+    """Whether to call an operator, rather than the composition of torch's that it stands for.
+
+    On a CPU that is only if there are kernels already: a few numbers alone compile nothing.
+    """
+    return device != "cpu" or has_kernels("cpu")
+
+
 def _take(device: str) -> str:
     from mixar.ops.build import DEVICES, BuildError, build, status  # here, so that the module also runs as a command
 

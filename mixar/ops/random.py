@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from mixar.ops.native import define, has_kernels
+from mixar.ops.native import define, in_one
 
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # as int64, like the two below
 _MIX1 = 0xBF58476D1CE4E5B9 - (1 << 64)
@@ -24,12 +24,14 @@ def random_bits(index: Tensor, key: int, start: int, count: int) -> Tensor:
     Returns:
         int64 [B, count] on `index`'s device.
     """
-    return (torch.ops.mixar.random_bits if _in_one(index) else bits_reference)(index, key, start, count)
+    draw = torch.ops.mixar.random_bits if in_one(index.device.type) else bits_reference
+    return draw(index, key, start, count)
 
 
 def random_uniform(index: Tensor, key: int, start: int, count: int) -> Tensor:
     """float32 [B, count], uniform on [0, 1) in steps of 2^-24. Arguments as in `random_bits`."""
-    return (torch.ops.mixar.random_uniform if _in_one(index) else uniform_reference)(index, key, start, count)
+    draw = torch.ops.mixar.random_uniform if in_one(index.device.type) else uniform_reference
+    return draw(index, key, start, count)
 
 
 def random_normal(index: Tensor, key: int, start: int, count: int) -> Tensor:
@@ -37,14 +39,6 @@ def random_normal(index: Tensor, key: int, start: int, count: int) -> Tensor:
     # a CPU composes it in any case, so that its numbers do not depend on a compiler
     composed = index.device.type == "cpu"
     return (normal_reference if composed else torch.ops.mixar.random_normal)(index, key, start, count)
-
-
-def _in_one(index: Tensor) -> bool:
-    """Whether to call the operator, rather than its reference.
-
-    On a CPU that is only if there are kernels already: a loader's worker compiles nothing for its few numbers.
-    """
-    return index.device.type != "cpu" or has_kernels("cpu")
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

@@ -1,6 +1,7 @@
-"""Inputs of mix_gather with what they must give, and the CUDA source compiled for the host to run on them."""
+"""Inputs of operators with what they must give, and the CUDA source compiled for the host to run on them."""
 
 import ctypes
+import itertools
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -95,6 +96,45 @@ def assert_close(found: Tensor, truth: Tensor, terms: float = 1.0) -> None:
     torch.testing.assert_close(found.double(), truth, rtol=rounding, atol=8 * held * max(terms, 1.0))
 
 
+NORM_TYPES = list(itertools.product((F32, BF16), repeat=3))  # of x, of shift and scale, of the output
+# one of everything, odd widths, more rows than blocks, and widths that a warp, a block or neither holds in registers
+NORM_SIZES = [(1, 1), (3, 7), (5, 33), (3, 64), (4, 512), (7, 1536), (3, 2056), (1, 8192), (3, 16392), (3, 8193)]
+
+
+def norm_inputs(
+    rows: int, width: int, types: tuple[torch.dtype, torch.dtype, torch.dtype] = (F32, F32, F32), affine: bool = True,
+    parts: int = 3,
+) -> tuple:  # fmt: skip
+    """Arguments of norm_modulate: x far from a mean of zero, shift and scale as columns of a [R, parts w] tensor."""
+    generator = torch.Generator().manual_seed(rows + width)
+    randn = lambda *shape: torch.randn(*shape, generator=generator)
+    x = (3 + 2 * randn(rows, width)).to(types[0])
+    shift, scale, *_ = randn(rows, parts * width).to(types[1]).chunk(parts, -1)
+    return x, *((randn(width), randn(width)) if affine else (None, None)), shift, scale, 1e-6, types[2]
+
+
+def norm_truth(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, shift: Tensor, scale: Tensor, eps: float
+) -> Tensor:
+    """norm_modulate in float64."""
+    x, shift, scale = x.double(), shift.double(), scale.double()
+    h = x - x.mean(-1, keepdim=True)
+    h = h / (h.square().mean(-1, keepdim=True) + eps).sqrt()
+    if weight is not None and bias is not None:
+        h = h * weight.double() + bias.double()
+    return h * (1 + scale) + shift
+
+
+def assert_norm(found: Tensor, given: tuple) -> None:
+    """Within the rounding of the output's type, and a few of float32, of what norm_modulate must give."""
+    assert found.dtype == given[-1]
+    truth = norm_truth(*given[:-1])
+    if found.dtype == BF16:
+        torch.testing.assert_close(found.double(), truth, rtol=2.0**-8, atol=1e-5)
+    else:
+        torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-5)
+
+
 class _Sources(ctypes.Structure):
     _fields_ = [*((name, ctypes.c_int64) for name in ("images", "length", "prefix")),
                 *((name, ctypes.c_void_p) for name in ("slots", "codes", "drawn", "rho", "share"))]  # fmt: skip
@@ -113,6 +153,12 @@ class _Backward(ctypes.Structure):
 class _Embed(ctypes.Structure):
     _fields_ = [("rows", ctypes.c_int64), ("half", ctypes.c_int64),
                 *((name, ctypes.c_void_p) for name in ("t", "frequencies", "out"))]  # fmt: skip
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [*((name, ctypes.c_int64) for name in ("rows", "width", "shift_stride", "scale_stride")),
+                ("eps", ctypes.c_float),
+                *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "shift", "scale", "out"))]  # fmt: skip
 
 
 class _Random(ctypes.Structure):
@@ -158,6 +204,17 @@ class Emulated:
         out = _Guarded(len(t), 2 * len(frequencies), dtype=dtype)
         given = _Embed(len(t), len(frequencies), *map(_pointer, (t, frequencies, out.whole)))
         self._call("timestep_embed", given, dtype)
+        return out.checked()
+
+    def norm_modulate(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, shift: Tensor, scale: Tensor, eps: float,
+        dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        """What `mixar::norm_modulate` gives, for a contiguous x."""
+        out = _Guarded(*x.shape, dtype=dtype)
+        given = _Norm(*x.shape, shift.stride(0), scale.stride(0), eps,
+                      *map(_pointer, (x, weight, bias, shift, scale, out.whole)))  # fmt: skip
+        self._call("norm_modulate", given, x.dtype, shift.dtype, dtype)
         return out.checked()
 
     def random(self, kind: str, index: Tensor, key: int, start: int, count: int) -> Tensor:

@@ -63,7 +63,7 @@ def test_cuda_is_built_for_each_architecture(log: Path) -> None:
     asked = log.read_text()
     for name in ("80", "90", "100"):
         assert f"-gencode=arch=compute_{name},code=sm_{name}" in asked
-    assert "code=compute_100" in asked and asked.count(".cu ") == 3
+    assert "code=compute_100" in asked and asked.count(".cu ") == 4
 
 
 def test_what_shapes_a_library_names_it(log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,5 +157,12 @@ def test_the_first_call_takes_the_kernels(native: None, traced: bool) -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the CPU operators with")
 def test_the_real_library_loads(native: None) -> None:
     assert build.library("cpu").exists()
-    for name in ("mix_gather", "mix_gather_backward", "timestep_embed", "random_bits", "random_uniform"):
+    for name in (
+        "mix_gather",
+        "mix_gather_backward",
+        "norm_modulate",
+        "timestep_embed",
+        "random_bits",
+        "random_uniform",
+    ):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mixar::{name}", "CPU")

@@ -7,19 +7,24 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from kernels import (
     BF16,
     CASES,
     EMULATION,
     F32,
+    NORM_SIZES,
+    NORM_TYPES,
     SOURCES,
     TYPES,
     Emulated,
     Fault,
     assert_close,
+    assert_norm,
     compile_emulation,
     make_inputs,
     mutant,
+    norm_inputs,
 )
 
 from mixar.ops.random import bits_reference, normal_reference, uniform_reference
@@ -60,6 +65,54 @@ def test_timestep_embed_against_float64(emulated: Emulated, rows: int, half: int
     found = emulated.timestep_embed(t, frequencies, dtype)
     torch.testing.assert_close(found.double(), torch.cat([angle.cos(), angle.sin()], -1), rtol=2**-8 * (dtype == BF16),
                                atol=2e-7)  # fmt: skip
+
+
+def check_norm(kernels: Emulated, sizes=NORM_SIZES, types=NORM_TYPES) -> None:
+    for rows, width in sizes:
+        for kinds in types:
+            for given in (norm_inputs(rows, width, kinds), norm_inputs(rows, width, kinds, affine=False, parts=2)):
+                assert_norm(kernels.norm_modulate(*given), given)
+
+
+@pytest.mark.parametrize("types", NORM_TYPES, ids=str)
+def test_norm_modulate_against_float64(emulated: Emulated, types) -> None:
+    check_norm(emulated, types=[types])
+
+
+def test_norm_modulate_of_addresses_that_are_not_whole_vectors(emulated: Emulated) -> None:
+    x, weight, bias, shift, scale, *rest = norm_inputs(3, 64)
+    assert all(value.data_ptr() % 16 == 0 for value in (x, weight, bias, shift, scale))
+    aligned = emulated.norm_modulate(x, weight, bias, shift, scale, *rest)
+    wide = torch.zeros(3, 193)
+    wide[:, :64], wide[:, 64:128] = shift, scale
+    far = wide[:, :64], wide[:, 64:128]  # the first row begins at whole 16 bytes, the second does not
+    for given in ((shifted(x), weight, bias, shift, scale), (x, shifted(weight), bias, shift, scale),
+                  (x, weight, shifted(bias), shift, scale), (x, weight, bias, far[0], scale),
+                  (x, weight, bias, shift, far[1])):  # fmt: skip
+        torch.testing.assert_close(emulated.norm_modulate(*given, *rest), aligned, rtol=1e-6, atol=1e-6)
+
+
+def test_norm_modulate_of_whole_vectors_around_odd_rows(emulated: Emulated) -> None:
+    x, weight, bias, *modulation, eps, dtype = norm_inputs(3, 33)
+    padded = (F.pad(value, (0, 3))[:, :33] for value in modulation)
+    given = (x, weight, bias, *padded, eps, dtype)
+    assert_norm(emulated.norm_modulate(*given), given)
+
+
+def test_norm_modulate_of_rows_far_apart(emulated: Emulated) -> None:
+    given = list(norm_inputs(3, 64, (BF16, BF16, BF16)))
+    for i in (3, 4):  # two rows of 2^31 elements between them; memory that is not touched is not taken
+        far = torch.empty(2**32 + 64, dtype=BF16).as_strided((3, 64), (2**31, 1))
+        given[i] = far.copy_(given[i])
+        assert_norm(emulated.norm_modulate(*given), tuple(given))
+
+
+def test_norm_modulate_of_constant_rows_and_of_nan(emulated: Emulated) -> None:
+    x, weight, bias, shift, scale, *rest = norm_inputs(4, 40)
+    x[1], x[2, 3] = 5.0, torch.nan
+    found = emulated.norm_modulate(x, weight, bias, shift, scale, *rest)
+    torch.testing.assert_close(found[1], bias * (1 + scale[1]) + shift[1])
+    assert found[2].isnan().all() and not found[[0, 1, 3]].isnan().any()
 
 
 def shifted(x: torch.Tensor) -> torch.Tensor:
@@ -219,6 +272,37 @@ def test_a_seeded_fault_of_random_numbers_is_caught(tmp_path: Path, file: str, o
             check_random(kernels, images, count)
 
 
+NORM = "norm_modulate_cuda.cu"
+NORM_MUTATIONS = [
+    (NORM, "  __syncthreads();\n", ""),
+    (NORM, "sums[1], squares", "sums[0], squares"),
+    (NORM, "away > 0", "away > 1"),
+    (NORM, "lane ^ away", "lane ^ 1"),
+    (NORM, "warp < warps", "warp < 1"),
+    (NORM, "row += gridDim.x", "row += 2 * gridDim.x"),
+    (NORM, "row * m.shift_stride", "row * m.width"),
+    (NORM, "row * m.scale_stride", "unsigned(row * m.scale_stride)"),
+    (NORM, "f(begin + k * step, held[k])", "f(begin + k * step, held[0])"),
+    (NORM, "d = begin + kHeld * step", "d = begin + (kHeld + 1) * step"),
+    (NORM, "(load(from.x.at[c]) - mean) * (load(from.x.at[c]) - mean)", "load(from.x.at[c]) * load(from.x.at[c])"),
+    (NORM, "bias = read<N>(m.bias + d)", "bias = weight"),
+    ("norm_modulate.h", "variance = squares * share + eps", "variance = squares * share"),
+    ("norm_modulate.h", "return h * scale + h", "return h * scale"),
+    ("launch.h", "width % N == 0", "true"),
+]
+
+
+@pytest.mark.parametrize(("file", "old", "new"), NORM_MUTATIONS, ids=range(len(NORM_MUTATIONS)))
+def test_a_seeded_fault_of_the_modulated_norm_is_caught(tmp_path: Path, file: str, old: str, new: str) -> None:
+    folder = mutant(tmp_path / "csrc", file, old, new)
+    kernels = Emulated(compile_emulation(tmp_path / "mutant.so", [folder / NORM], folder, ["-shared", "-O0"]))
+    with pytest.raises((AssertionError, Fault)):
+        check_norm(kernels)
+        test_norm_modulate_of_whole_vectors_around_odd_rows(kernels)
+        test_norm_modulate_of_rows_far_apart(kernels)
+        test_norm_modulate_of_constant_rows_and_of_nan(kernels)
+
+
 def test_sanitizers(tmp_path: Path) -> None:
     flags = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     sources = [EMULATION / "sanitize.cpp", *SOURCES.glob("*.cu"), *SOURCES.glob("*_cpu.cpp")]
@@ -228,3 +312,12 @@ def test_sanitizers(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         done = subprocess.run([program, kernels, "short"], capture_output=True, text=True)
         assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr
+
+
+def test_a_sanitizer_sees_rows_that_begin_within_16_bytes(tmp_path: Path) -> None:
+    folder = mutant(tmp_path / "csrc", NORM, "scale, scale + m.scale_stride", "scale")
+    sources = [EMULATION / "sanitize.cpp", *folder.glob("*.cu"), *folder.glob("*_cpu.cpp")]
+    flags = ["-O0", "-fsanitize=alignment", "-fno-sanitize-recover=all"]
+    program = compile_emulation(tmp_path / "sanitize", sources, folder, flags)
+    done = subprocess.run([program, "cuda"], capture_output=True, text=True)
+    assert done.returncode != 0 and "misaligned address" in done.stderr

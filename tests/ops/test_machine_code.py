@@ -14,7 +14,7 @@ from mixar.ops.build import ARCHITECTURES, build
 pytestmark = pytest.mark.slow  # as a whole: commands, compilers or many processes
 
 # and how many of each: for the types, once with 16 bytes in each access and once with one element
-KERNELS = {"forward": 8, "backward": 8, "embed": 4, "draw": 6}
+KERNELS = {"forward": 8, "backward": 8, "embed": 4, "draw": 6, "normalise": 16}
 ROWS = 4  # that a thread reads before it computes
 Code = list[tuple[int, str, str]]  # address, operation and operands
 
@@ -80,11 +80,11 @@ def test_every_kernel_without_spills(cuobjdump: Path, library: Path, architectur
     for kernel, versions in KERNELS.items():
         ours = [row for row in found if kernel_of(row[0]) == kernel]
         assert len(ours) == versions, usage
-        shares = kernel in ("forward", "backward")
+        shares = kernel in ("forward", "backward", "normalise")
         for name, registers, stack, shared, local in ours:
             assert (int(stack), int(local)) == (0, 0), name
-            # three blocks of 128 threads on a multiprocessor, or two of 256
-            assert int(registers) <= (168 if shares else 128), name
+            # three blocks of 128 threads on a multiprocessor, two of 256, or one of 512
+            assert int(registers) <= (168 if kernel in ("forward", "backward") else 128), name
             assert (int(shared) > 0) == shares, name
 
 
@@ -95,6 +95,7 @@ def test_what_kernels_are_made_of(cuobjdump: Path, library: Path, architecture: 
         made[kernel_of(name)] |= {operation.split(".")[0] for _, operation, _ in code}
     assert {"SHFL", "LDG", "STG", "LDS", "STS", "FADD"} <= made["forward"]
     assert {"SHFL", "BAR", "LDS", "STS", "FADD"} <= made["backward"]
+    assert {"SHFL", "BAR", "LDS", "STS", "FADD", "FFMA", "MUFU"} <= made["normalise"]
     assert "FFMA" in made["embed"] and "FFMA" in made["draw"]
     for name in KERNELS:
         assert not made[name] & {"ATOM", "ATOMG", "RED", "LDL", "STL"}, name  # sums have one order; nothing spills
@@ -109,7 +110,7 @@ def test_rows_move_16_bytes_at_a_time(cuobjdump: Path, library: Path, architectu
             # no division or conversion of 64-bit integers; only the square root of a normal number has a slow branch
             assert not [x for x in loop if re.match(r"I2F\S*[US]64", x)], name
             assert "CALL" not in {x.split(".")[0] for x in loop} or "Normal" in name, name
-        if re.search(r"Li1EE", name):
+        if re.search(r"Li1EE", name) or kernel_of(name) == "normalise":
             continue
         loads, stores = ([x for loop in loops for x in loop if x.startswith(kind)] for kind in ("LDG", "STG"))
         # the gradient of a bfloat16 encoder's output has half the size of the others
@@ -119,6 +120,27 @@ def test_rows_move_16_bytes_at_a_time(cuobjdump: Path, library: Path, architectu
             assert loads.count("LDG.E.128") >= ROWS, (name, loads)
         if kernel_of(name) == "embed":  # the frequencies, once for all rows
             assert "LDG.E.128" in {operation for _, operation, _ in code}, name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_row_is_normalised_16_bytes_at_a_time(cuobjdump: Path, library: Path, architecture: str) -> None:
+    kernels = [row for row in functions(cuobjdump, library, architecture).items() if kernel_of(row[0]) == "normalise"]
+    same = 0
+    for name, code in kernels:
+        found = [operation for _, operation, _ in code]
+        assert "CALL" not in {x.split(".")[0] for x in found}, name  # neither divides nor takes an exact square root
+        assert not [x for x in found if re.match(r"I2F\S*[US]64", x)], name
+        access = [x for x in found if x.startswith(("LDG", "STG"))]
+        if "Li1EE" in name:
+            continue
+        if "Li8EE" in name or "Ifff" in name:  # x, shift and scale of one type, as in the head
+            assert set(access) == {"LDG.E.128", "STG.E.128"}, (name, access)
+            # x, shift and scale of the four vectors that a thread holds, before the first barrier
+            assert found[: found.index(next(x for x in found if x.startswith("BAR")))].count("LDG.E.128") >= 12, name
+            same += 1
+        else:
+            assert set(access) <= {"LDG.E.128", "STG.E.128", "LDG.E.64", "STG.E.64"}, (name, access)
+    assert same == 3  # with one output type in float32, two in bfloat16
 
 
 def test_later_cards_compile_what_is_kept_as_ptx(cuobjdump: Path, library: Path) -> None:

@@ -61,6 +61,18 @@ bool embed(int64_t rows, int64_t half, Type type) {
   return cpu ? timestep_embed_cpu(m, type, parallel) : mixar_timestep_embed_cuda(&m, type, nullptr) == 0;
 }
 
+bool normed(int64_t rows, int64_t width, int64_t stride, bool affine, Type x, Type modulation, Type type) {
+  const auto from = zeros(x, rows * width), shift = zeros(modulation, (rows - 1) * 3 * width + width);
+  const auto scale = zeros(modulation, (rows - 1) * stride + width);
+  const auto weight = zeros(Type::float32, width);
+  const float* scales = affine ? reinterpret_cast<const float*>(weight.data()) : nullptr;
+  auto out = zeros(type, rows * width, missing);
+  const NormModulate m{rows, width, 3 * width, stride, 1e-6f, from.data(), scales, scales, shift.data(), scale.data(),
+                       out.data()};
+  if (cpu) return norm_modulate_cpu(m, x, modulation, type, parallel);
+  return mixar_norm_modulate_cuda(&m, x, modulation, type, nullptr) == 0;
+}
+
 bool random_numbers(int64_t images, int64_t count) {
   const std::vector<int64_t> index(size_t(images), INT64_MAX);
   auto bits = zeros(Type::float64, images * count, missing), floats = zeros(Type::float32, images * count, missing);
@@ -79,6 +91,16 @@ int main(int count, char** words) {
   bool good = embed(1, 1, Type::float32) && embed(7, 43, Type::float32) && embed(5, 128, Type::bfloat16);
   good &= random_numbers(0, 3) && random_numbers(3, 0) && random_numbers(1, 1) && random_numbers(7, 35);
   good &= random_numbers(2, 4096) && random_numbers(3, 32767);
+  for (const Type x : {Type::float32, Type::bfloat16}) {
+    for (const Type modulation : {Type::float32, Type::bfloat16}) {
+      for (const Type type : {Type::float32, Type::bfloat16}) {
+        good &= normed(1, 1, 1, false, x, modulation, type) && normed(3, 33, 36, true, x, modulation, type);
+        good &= normed(5, 64, 192, true, x, modulation, type) && normed(5, 64, 193, true, x, modulation, type);
+        good &= normed(2, 8200, 8200, false, x, modulation, type) && normed(1, 2051, 2051, true, x, modulation, type);
+        good &= normed(1, 16392, 16392, true, x, modulation, type);
+      }
+    }
+  }
   const Type types[][2] = {{Type::float32, Type::float32}, {Type::bfloat16, Type::float32},
                            {Type::bfloat16, Type::bfloat16}, {Type::float64, Type::float64}};
   for (const auto& type : types) {
