@@ -1,7 +1,7 @@
 """The reports of a run: TensorBoard, metrics.jsonl with the same scalars, and a console line per interval.
 
-A scalar's name begins with its group. TensorBoard sorts groups by name and opens the first two: loss and optim, then
-peak_memory, speed and ti_mix.
+A scalar's name begins with its group. TensorBoard sorts groups by name and opens the first two: loss, then memory on a
+GPU and optim on a CPU; speed and ti_mix follow.
 """
 
 import json
@@ -179,8 +179,8 @@ def _peak_memory(device: torch.device) -> dict[str, float]:
     if device.type != "cuda":
         return {}
     peaks = {
-        "peak_memory/allocated_gb": torch.cuda.max_memory_allocated(device) / 1e9,
-        "peak_memory/reserved_gb": torch.cuda.max_memory_reserved(device) / 1e9,
+        "memory/allocated_gb": torch.cuda.max_memory_allocated(device) / 1e9,
+        "memory/reserved_gb": torch.cuda.max_memory_reserved(device) / 1e9,
     }
     torch.cuda.reset_peak_memory_stats(device)
     return peaks
@@ -188,7 +188,7 @@ def _peak_memory(device: torch.device) -> dict[str, float]:
 
 def _line(scalars: dict[str, float]) -> str:
     """The scalars of a console line; MFU, memory and checkpoints only where they were measured."""
-    allocated, reserved = scalars.get("peak_memory/allocated_gb"), scalars.get("peak_memory/reserved_gb")
+    allocated, reserved = scalars.get("memory/allocated_gb"), scalars.get("memory/reserved_gb")
     parts = [
         f"loss {scalars.get('loss', math.nan):.4f}", f"lr {scalars.get('optim/lr', 0):.2e}",
         f"|grad| {scalars.get('optim/grad_norm', math.nan):.2f}", f"{scalars['speed/images_per_second']:.0f} images/s",
