@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Generator, Iterator, Sequence
 from itertools import count
-from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from mixar.data.images import ImageSource
 from mixar.data.parts import HASH
 from mixar.data.pre_draw import PRE_DRAWN, RECIPE
 from mixar.data.remote import fetch
-from mixar.data.workers import watching
+from mixar.data.workers import started, watching
 from mixar.errors import UserError
 from mixar.rng import Stream
 from mixar.signals import held_back
@@ -87,10 +86,8 @@ class Loader:
         )
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        others = active_children()
         with held_back():
-            batches = iter(self.loader)
-        workers = [process for process in active_children() if process not in others]
+            batches, workers = started(self.loader)
         try:
             with watching(workers):
                 for batch in batches:

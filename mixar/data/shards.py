@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice, tee
-from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from mixar.data.manifest import FORMAT, Manifest, check_manifest, read_manifest
 from mixar.data.parts import SIZE, Parts, Row, local_folder
 from mixar.data.pixels import DECODING
 from mixar.data.remote import MANIFEST
-from mixar.data.workers import watching
+from mixar.data.workers import started, watching
 from mixar.errors import UserError
 from mixar.files import replacing, write_json
 from mixar.signals import STOPPING, held_back
@@ -171,10 +170,9 @@ class _Encoder:
         batches = (list(rows[first : first + BATCH]) for rows in ranges for first in range(0, len(rows), BATCH))
         items = _Tolerant(ImageSource(self.images, self.cfg.data.image_size))
         loader = DataLoader(items, batch_sampler=batches, num_workers=self.cfg.data.workers, collate_fn=list)
-        others = active_children()
         with _signals_delayed():
-            read = iter(loader)
-        with watching([process for process in active_children() if process not in others]):
+            read, workers = started(loader)
+        with watching(workers):
             yield from read
 
     def _rows(self, batches: Iterator[list[Any]], summary: dict[str, Any]) -> Iterator[Row]:

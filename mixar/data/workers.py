@@ -1,12 +1,23 @@
-"""Loader processes that are killed, by the kernel for want of memory for one."""
+"""The processes of a loader: their start, and their end by a kill, such as the kernel's for want of memory."""
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import active_children
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from typing import Any
+
+from torch.utils.data import DataLoader
 
 from mixar.errors import PassingError, UserError
+
+
+def started(loader: DataLoader[Any]) -> tuple[Iterator[Any], list[BaseProcess]]:
+    """A loader's iterator, and the processes that it started; it has no public list of them."""
+    others = active_children()
+    batches = iter(loader)
+    return batches, [process for process in active_children() if process not in others]
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from mixar.sampling.reordered import reorder_linears
 from mixar.weights import (
     describe_export,
     find_export,
+    fingerprint,
     is_export,
     loaded,
     not_finite_in,
@@ -68,6 +69,7 @@ class MixARPipeline:
         self.vae = vae.to(self.device)
         self.prior = None if prior is None else prior.to(self.device)
         self.tokenizer = None if tokenizer is None else tokenizer.to(self.device)
+        self.fingerprints: dict[str, str] = {}  # of networks that were read from exports
         self._diffusion_step = compiled_step(self.device) if compile else diffusion_step
 
     @classmethod
@@ -112,6 +114,9 @@ class MixARPipeline:
             compile,
         )
         for name, network in pipeline.networks.items():
+            described = about if name == "model" else describe_export(folder / name)
+            # what reading has found right; the oldest exports have none
+            pipeline.fingerprints[name] = described.get("fingerprint") or fingerprint(network.state_dict())
             if not_finite_in(network.state_dict()):
                 raise UserError(
                     f"the weights of the {name} in {folder} are not finite: its training went wrong; export an earlier "

@@ -67,9 +67,10 @@ class SampleSet:
         """
         turn = None if labels is None else parse_labels(labels)
         pipeline = MixARPipeline.from_pretrained(path, precision=precision, compile=compile)
-        weights = {name: fingerprint(network.state_dict()) for name, network in pipeline.networks.items()}
         turn = turn or list(range(pipeline.model.config.classes))
-        released = cls(Path(path), pipeline, pipeline.settings, weights, turn, labels, count or len(turn), {})
+        released = cls(
+            Path(path), pipeline, pipeline.settings, pipeline.fingerprints, turn, labels, count or len(turn), {}
+        )
         return released.with_settings(**settings)
 
     def with_settings(self, **changes: Any) -> "SampleSet":
