@@ -37,16 +37,17 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from mixar.cards import CARDS
 from mixar.codecs import LatentNorm
 from mixar.config import Config, load_config
-from mixar.data.batch import Batch, PreDrawn
+from mixar.data.batch import Batch
 from mixar.dist import Place
 from mixar.engine import build_engine
 from mixar.errors import UserError
-from mixar.mixing import masked_counts, ratio_quantile
+from mixar.gpu.synthetic import batch_of, changed
+from mixar.mixing import masked_counts
 from mixar.model import MixAR
 from mixar.model.head import Head
 from mixar.objectives import MixARObjective
 from mixar.objectives.frozen import Frozen
-from mixar.plan.work import Tokens, training_flops
+from mixar.plan.work import Tokens, attention_flops, training_flops
 from mixar.prior import Prior
 from mixar.sampling.autoregressive import KeyedNoise, sample_steps, sampling_order
 
@@ -183,12 +184,6 @@ class Trace(TorchDispatchMode):
         part = self.backward_part or self.compiled_part
         back = self.backward_part is not None
         self.kernels += [replace(k, part=k.part or part, backward=back) for k in kernels]
-
-    @contextmanager
-    def inside(self, part: str) -> Iterator[None]:
-        """Count the graphs that run inside as this part."""
-        self.compiled_part = part
-        yield
 
     @contextmanager
     def backward(self, node: Any) -> Iterator[None]:
@@ -404,7 +399,8 @@ class Graphs:
 
         def run(*args: Any) -> Any:
             first = torch._C._autograd._get_sequence_nr()
-            with _disable_current_modes(), self.trace.fake, self.trace.inside(part):
+            self.trace.compiled_part = part
+            with _disable_current_modes(), self.trace.fake:
                 out = compiled(*args)
             made = range(first + 1, torch._C._autograd._get_sequence_nr() + 1)
             self.trace.made_by |= dict.fromkeys(made, part)
@@ -490,25 +486,6 @@ class Fixed:
         return self.objective.loss(model, batch, epoch)
 
 
-def batch_of(cfg: Config, images: int, first: int = 0) -> Batch:
-    """A micro-batch on the card, with indices from `first` on, and pre-drawn tokens if the config asks for them."""
-    host, model = list(range(first, first + images)), cfg.model
-    side = model.grid * model.patch
-    ids = lambda *shape: torch.empty(*shape, dtype=torch.int64, device=CARD)
-    drawn = None
-    if cfg.ti_mix.enabled and cfg.ti_mix.source == "shards":
-        u = torch.rand(images, generator=torch.Generator().manual_seed(first))
-        ratio = ratio_quantile(u, cfg.mask.minimum, cfg.mask.std)
-        drawn = PreDrawn(
-            ids(images, model.tokens), (ratio * model.tokens).ceil().long().tolist(), ids(images, model.tokens)
-        )
-    return Batch(
-        index=ids(images), host_index=host, keys=[str(i) for i in host], labels=ids(images),
-        moments=torch.empty(images, 2 * model.latent_channels, side, side, dtype=torch.float16, device=CARD),
-        codes=ids(images, model.tokens), drawn=drawn,
-    )  # fmt: skip
-
-
 def prior_of(frozen: Frozen) -> Prior:
     """The prior of TI-Mix, with weights that nobody computes."""
     with torch.device("meta"):
@@ -545,8 +522,9 @@ def trace_step(cfg: Config, images: int, steps: int = 2) -> tuple[Trace, dict[st
     with without_a_card(trace) as graphs, trace:
         engine = build_engine(cfg, Fixed(MixARObjective(cfg, norm, CARD)), Place(0, 1, CARD))
         for step in range(steps):
+            batch = batch_of(cfg, images, step, CARD)
             trace.clear()
-            engine.step([batch_of(cfg, images, step * images)], epoch)
+            engine.step([batch], epoch)
             made = made or graphs.forward
     return trace, {"graphs": graphs.forward, "dynamic": graphs.dynamic, "recompiles": graphs.forward - made}
 
@@ -573,7 +551,7 @@ def trace_sampling(cfg: Config, diffusion_steps: int, images: int = 64) -> Trace
 def count(cfg: Config, steps: int = 2) -> dict[str, Any]:
     """All counts as plain values: of the passes, eager and compiled, of the optimizer's step, and of sampling."""
     images = cfg.train.micro_batch or cfg.train.batch
-    with_compile = lambda compile: replace(cfg, engine=replace(cfg.engine, name="ddp", compile=compile))
+    with_compile = lambda compile: changed(cfg, engine={"name": "ddp", "compile": compile})
     eager, _ = trace_step(with_compile(False), images)
     compiled, graphs = trace_step(with_compile(True), images, steps)
     update = [kernel for kernel in eager.kernels if kernel.part == "optimizer"]
@@ -599,7 +577,7 @@ def passes(cfg: Config, images: int, trace: Trace) -> dict[str, Any]:
     flops += sum(kernel.flops for kernel in kernels if kernel.part == "prior")
     host = LAUNCH * len(kernels)
     device = sum(kernel.seconds for kernel in kernels if kernel.part != "attention")
-    device += images * attention_flops(model, tokens) / ATTENTION
+    device += 3 * images * attention_flops(model, tokens) / ATTENTION  # forward, and twice that backward
     return {
         "kernels": {"total": len(kernels)} | {part: by_part[part] for part in PARTS if part != "optimizer"},
         "attention_calls": {
@@ -612,14 +590,6 @@ def passes(cfg: Config, images: int, trace: Trace) -> dict[str, Any]:
         "milliseconds": {"host": 1e3 * host, "device": 1e3 * device},
         "mfu": flops / max(host, device) / CARDS["h100"].bf16,
     }
-
-
-def attention_flops(model: MixAR, tokens: Tokens) -> float:
-    """FLOP per image of the attention itself, forward and backward; see `training_flops`."""
-    cfg, crossed = model.config, model.guidance.memory_tokens
-    queries = (cfg.decoder_depth - 1) * tokens.decoder + tokens.masked
-    encoder = cfg.encoder_depth * cfg.encoder_width * (tokens.pairs + tokens.encoder * crossed)
-    return 12 * (encoder + cfg.decoder_width * queries * (tokens.decoder + crossed))
 
 
 def render(found: dict[str, Any]) -> str:

@@ -238,6 +238,14 @@ class EngineConfig:
     # seconds without a finished step, after which the stacks of all ranks are logged and the run ends
     timeout: float = _number(600.0, 1, 10**7)
 
+    def compiles(self, gpu: bool, zero3: bool = False) -> bool:
+        """Whether blocks are compiled: as `compile` says, else on a GPU.
+
+        Not under ZeRO-3 by default, which gathers the weights of each layer by hooks inside the blocks: they would cut
+        the graphs to pieces.
+        """
+        return (gpu and not zero3) if self.compile is None else self.compile
+
 
 @dataclass
 class SampleConfig:

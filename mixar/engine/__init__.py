@@ -3,11 +3,10 @@
 from mixar.config import Config
 from mixar.dist import Place
 from mixar.engine.base import Engine, Scalars, StepInfo, Trainable
-from mixar.engine.blocks import compiles
 from mixar.engine.native import FSDPEngine, ReplicatedEngine
 from mixar.engine.optim import learning_rate
 
-__all__ = ["Engine", "Scalars", "StepInfo", "Trainable", "build_engine", "choose_engine", "compiles", "learning_rate"]
+__all__ = ["Engine", "Scalars", "StepInfo", "Trainable", "build_engine", "choose_engine", "learning_rate"]
 
 
 def choose_engine(cfg: Config, place: Place) -> tuple[str, str]:

@@ -17,12 +17,7 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
     return [module for modules in declared().values() for module in modules]
 
 
-def compiles(cfg: EngineConfig, device: torch.device) -> bool:
-    """Whether the blocks of a run on `device` are compiled: as `engine.compile` says, or on a GPU."""
-    return device.type == "cuda" if cfg.compile is None else cfg.compile
-
-
-def prepare_blocks(network: nn.Module, cfg: EngineConfig, device: torch.device) -> None:
+def prepare_blocks(network: nn.Module, cfg: EngineConfig, device: torch.device, zero3: bool = False) -> None:
     """Set up recomputation and compilation as `cfg` says.
 
     Only `forward` is replaced, so that parameter names do not change, and the hooks of sharding stay out of the graph.
@@ -31,8 +26,9 @@ def prepare_blocks(network: nn.Module, cfg: EngineConfig, device: torch.device) 
     for part, modules in declared().items():
         for module in modules if cfg.recompute in (part, "all") else ():
             module.forward = _recomputing(module.forward)  # type: ignore[method-assign]
-    if compiles(cfg, device):
-        options: dict[str, Any] = {"combo_kernels": True} if device.type == "cuda" else {}  # small ones in one launch
+    gpu = device.type == "cuda"
+    if cfg.compiles(gpu, zero3):
+        options: dict[str, Any] = {"combo_kernels": True} if gpu else {}  # small ones in one launch
         for module in blocks_of(network):
             # not as one graph or an error: a run whose shapes change too often goes on without compilation
             compiled = torch.compile(module.forward, dynamic=False, options=options)

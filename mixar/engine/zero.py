@@ -5,7 +5,6 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +113,7 @@ class ZeroEngine(Engine):
             with torch.device("meta"):
                 network = task.build()
             network.to_empty(device=place.device)
-        # stage 3 gathers the weights of each layer by hooks inside the blocks, which would cut the graphs to pieces
-        whole = stage < 3 or cfg.engine.compile is not None
-        prepare_blocks(network, cfg.engine if whole else replace(cfg.engine, compile=False), place.device)
+        prepare_blocks(network, cfg.engine, place.device, zero3=stage == 3)
         named: dict[str, Any] = {name: p for name, p in network.named_parameters() if p.requires_grad}
         shapes = {name: torch.Size(getattr(p, "ds_shape", p.shape)) for name, p in named.items()}
         like = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}

@@ -12,7 +12,7 @@ from mixar import rng
 from mixar.codecs import LatentNorm, posterior
 from mixar.config import STEPS, Config, to_dict
 from mixar.data.batch import Batch
-from mixar.engine import Scalars, compiles
+from mixar.engine import Scalars
 from mixar.log import log
 from mixar.mixing import Masking, Mixture, Room, ground_truth_share, masked_counts, rooms
 from mixar.model import MixAR, initial_value, patchify, process_of
@@ -40,7 +40,7 @@ class MixARObjective:
     def __init__(self, cfg: Config, norm: LatentNorm, device: torch.device, made: dict[str, Any] | None = None) -> None:
         self.cfg = cfg
         self.norm = norm.to(device)
-        self.padded = compiles(cfg.engine, device) and device.type == "cuda"
+        self.padded = device.type == "cuda" and cfg.engine.compiles(gpu=True)
         self.process = process_of(cfg.model.process)
         self.frozen = Frozen(cfg, made or {})
         online = cfg.ti_mix.enabled and cfg.ti_mix.source == "online"
@@ -92,16 +92,18 @@ class MixARObjective:
         """Mask the batch (Eq. 8), with its images sorted by masked positions, so that equal lengths are adjacent."""
         cfg = self.cfg
         if batch.drawn is not None:
-            counts, order = batch.drawn.count, batch.drawn.order
+            counts = batch.drawn.count
         else:
             counts = masked_counts(cfg.mask, cfg.model.tokens, cfg.seed, batch.host_index, cfg.train.batch)
+        batch = batch.select(sorted(range(len(counts)), key=counts.__getitem__))
+        if batch.drawn is not None:
+            order = batch.drawn.order
+        else:
             order = rng.permutation(cfg.seed, Stream.MASK_ORDER, batch.index, cfg.model.tokens)
-        by_length = sorted(range(len(counts)), key=counts.__getitem__)
-        pick = to_device(torch.tensor(by_length), order.device)
         known: Sequence[Room] = ()
         if self.padded and (batch.drawn is not None or cfg.mask.ratio_scope == "batch"):
             known = rooms(cfg.mask, cfg.model.tokens, len(counts))
-        return batch.select(by_length), Masking.from_order(order[pick], [counts[i] for i in by_length], known)
+        return batch, Masking.from_order(order, sorted(counts), known)
 
     def _tokens(self, batch: Batch) -> Tensor:
         """x_c: a fresh posterior sample of each image's latents, normalised, as tokens [B, N, C]."""

@@ -22,9 +22,8 @@ DEEPSPEED_LIVE = 1_000_000_000  # weight values gathered at a time: its default 
 
 def utilisation(cfg: Config, engine: str) -> float:
     """The share of the card's peak that a run is planned with: that of the counted model of the nearest width."""
-    compiled = engine != "zero3" if cfg.engine.compile is None else cfg.engine.compile
     nearest = min(UTILISATION, key=lambda width: abs(width - cfg.model.encoder_width))
-    return UTILISATION[nearest][compiled]
+    return UTILISATION[nearest][cfg.engine.compiles(True, engine == "zero3")]
 
 
 @dataclass(frozen=True)

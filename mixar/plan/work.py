@@ -77,13 +77,16 @@ def training_flops(model: MixAR, tokens: Tokens, recompute: str = "none") -> dic
         passes = 3 - name.startswith(FIRST) + name.startswith(RECOMPUTED[recompute])
         part = "head" if name.startswith("diffloss.") else "backbone"
         flops[part] += 2 * passes * size * _tokens_at(name, model, tokens)
-    cfg, passes = model.config, 4 if recompute in ("backbone", "all") else 3
-    crossed = model.guidance.memory_tokens
+    flops["backbone"] += (4 if recompute in ("backbone", "all") else 3) * attention_flops(model, tokens)
+    return flops
+
+
+def attention_flops(model: MixAR, tokens: Tokens) -> float:
+    """FLOP per image of the attention itself, in one forward pass."""
+    cfg, crossed = model.config, model.guidance.memory_tokens
     encoder = cfg.encoder_depth * cfg.encoder_width * (tokens.pairs + tokens.encoder * crossed)
     queries = (cfg.decoder_depth - 1) * tokens.decoder + tokens.masked  # the last block: masked ones only
-    decoder = cfg.decoder_width * queries * (tokens.decoder + crossed)
-    flops["backbone"] += 4 * passes * (encoder + decoder)
-    return flops
+    return 4 * (encoder + cfg.decoder_width * queries * (tokens.decoder + crossed))
 
 
 def _tokens_at(name: str, model: MixAR, tokens: Tokens) -> float:

@@ -143,7 +143,7 @@ def test_compiled_steps(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     # lengths change from step to step, and on a CPU nothing pads them: the step is compiled again and again
     again = compiled.compare("again", form["ratio_scope batch"], CPU, 5)
     assert again.status == "bad" and "recompiles" in again.text
-    monkeypatch.setattr("mixar.engine.blocks.compiles", lambda *_: False)
+    monkeypatch.setattr("mixar.config.EngineConfig.compiles", lambda *_: False)
     assert compiled.compare("never", form["as configured"], CPU, 4).text == "nothing was compiled"
     monkeypatch.undo()
 
