@@ -15,11 +15,11 @@ from mixar.config import TokenizerConfig
 class ResBlock(nn.Module):
     """[B, inputs, h, w] to [B, outputs, h, w]: two pre-activated convolutions without bias."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = norm(inputs)
+        self.norm1 = norm(inputs, groups)
         self.conv1 = conv3(inputs, outputs, bias=False)
-        self.norm2 = norm(outputs)
+        self.norm2 = norm(outputs, groups)
         self.conv2 = conv3(outputs, outputs, bias=False)
         self.nin_shortcut = nn.Conv2d(outputs, outputs, 1, bias=False) if inputs != outputs else None
 
@@ -41,8 +41,8 @@ class Halve(nn.Conv2d):
         return super().forward(F.pad(x, (width % 2, 1, height % 2, 1)))
 
 
-def _blocks(inputs: int, width: int, count: int) -> nn.Sequential:
-    return nn.Sequential(*(ResBlock(inputs if i == 0 else width, width) for i in range(count)))
+def _blocks(inputs: int, width: int, count: int, groups: int) -> nn.Sequential:
+    return nn.Sequential(*(ResBlock(inputs if i == 0 else width, width, groups) for i in range(count)))
 
 
 def encoder(cfg: TokenizerConfig, channels: int) -> nn.Sequential:
@@ -50,14 +50,14 @@ def encoder(cfg: TokenizerConfig, channels: int) -> nn.Sequential:
     widths = [cfg.width * multiplier for multiplier in cfg.multipliers]
     down = nn.Sequential()
     for inputs, width in pairwise([cfg.width, *widths]):
-        down.append(stack(res_blocks=_blocks(inputs, width, cfg.blocks)))
+        down.append(stack(res_blocks=_blocks(inputs, width, cfg.blocks, cfg.norm_groups)))
     for level, width in zip(down[:-1], widths):
         level.add_module("down_conv", Halve(width))
     return stack(
         conv_in=conv3(3, cfg.width, bias=False),
         down=down,
-        mid=stack(res_blocks=_blocks(widths[-1], widths[-1], cfg.blocks)),
-        norm_out=norm(widths[-1]),
+        mid=stack(res_blocks=_blocks(widths[-1], widths[-1], cfg.blocks, cfg.norm_groups)),
+        norm_out=norm(widths[-1], cfg.norm_groups),
         act=nn.SiLU(),
         conv_out=nn.Conv2d(widths[-1], channels, 1),
     )
@@ -69,15 +69,15 @@ def decoder(cfg: TokenizerConfig, channels: int) -> nn.Sequential:
     blocks = cfg.blocks if cfg.decoder_blocks is None else cfg.decoder_blocks
     up = nn.Sequential()
     for inputs, width in pairwise([widths[0], *widths]):
-        up.append(stack(res_blocks=_blocks(inputs, width, blocks)))
+        up.append(stack(res_blocks=_blocks(inputs, width, blocks, cfg.norm_groups)))
     for level, width in zip(up[:-1], widths):
         level.add_module("nearest", nn.Upsample(scale_factor=2))
         level.add_module("upsample_conv", conv3(width, width))
     return stack(
         conv_in=conv3(channels, widths[0]),
-        mid=stack(res_blocks=_blocks(widths[0], widths[0], blocks)),
+        mid=stack(res_blocks=_blocks(widths[0], widths[0], blocks, cfg.norm_groups)),
         up=up,
-        norm_out=norm(widths[-1]),
+        norm_out=norm(widths[-1], cfg.norm_groups),
         act=nn.SiLU(),
         conv_out=conv3(widths[-1], 3),
     )

@@ -6,9 +6,12 @@ from collections import OrderedDict
 from torch import nn
 
 
-def norm(width: int) -> nn.GroupNorm:
-    """GroupNorm of the LDM and MaskGIT families: 32 groups, fewer for a small width; eps 1e-6."""
-    return nn.GroupNorm(math.gcd(32, width), width, eps=1e-6)
+def norm(width: int, groups: int) -> nn.GroupNorm:
+    """GroupNorm of the LDM and MaskGIT families, eps 1e-6: `groups` groups, or fewer that divide `width`.
+
+    A group of one channel has no mean left, and with it goes the colour of an image: give each at least 4 channels.
+    """
+    return nn.GroupNorm(math.gcd(groups, width), width, eps=1e-6)
 
 
 def conv3(inputs: int, outputs: int, bias: bool = True) -> nn.Conv2d:

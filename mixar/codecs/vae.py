@@ -59,11 +59,11 @@ def kl(moments: Tensor) -> Tensor:
 class ResBlock(nn.Module):
     """[B, inputs, h, w] to [B, outputs, h, w]: two pre-activated convolutions, added to the input."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = norm(inputs)
+        self.norm1 = norm(inputs, groups)
         self.conv1 = conv3(inputs, outputs)
-        self.norm2 = norm(outputs)
+        self.norm2 = norm(outputs, groups)
         self.conv2 = conv3(outputs, outputs)
         self.nin_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
@@ -76,9 +76,9 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention with one head over the positions of a feature map [B, width, h, w]."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, groups: int) -> None:
         super().__init__()
-        self.norm = norm(width)
+        self.norm = norm(width, groups)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,10 +91,10 @@ class Attention(nn.Module):
 class Level(nn.Module):
     """The residual blocks of one resolution, each followed by attention if the level has it."""
 
-    def __init__(self, inputs: int, width: int, blocks: int, attention: bool) -> None:
+    def __init__(self, inputs: int, width: int, blocks: int, attention: bool, groups: int) -> None:
         super().__init__()
-        self.block = nn.ModuleList(ResBlock(inputs if i == 0 else width, width) for i in range(blocks))
-        self.attn = nn.ModuleList(Attention(width) if attention else nn.Identity() for _ in range(blocks))
+        self.block = nn.ModuleList(ResBlock(inputs if i == 0 else width, width, groups) for i in range(blocks))
+        self.attn = nn.ModuleList(Attention(width, groups) if attention else nn.Identity() for _ in range(blocks))
         self.downsample: nn.Module = nn.Identity()
         self.upsample: nn.Module = nn.Identity()
 
@@ -104,8 +104,12 @@ class Level(nn.Module):
         return self.upsample(self.downsample(x))
 
 
-def _middle(width: int) -> nn.Sequential:
-    return stack(block_1=ResBlock(width, width), attn_1=Attention(width), block_2=ResBlock(width, width))
+def _middle(width: int, groups: int) -> nn.Sequential:
+    return stack(
+        block_1=ResBlock(width, width, groups),
+        attn_1=Attention(width, groups),
+        block_2=ResBlock(width, width, groups),
+    )
 
 
 def _attends(cfg: VAEConfig, level: int) -> bool:
@@ -116,7 +120,7 @@ def _encoder(cfg: VAEConfig) -> nn.Sequential:
     widths = [cfg.width * multiplier for multiplier in cfg.multipliers]
     down = nn.Sequential()
     for i, (inputs, width) in enumerate(pairwise([cfg.width, *widths])):
-        level = Level(inputs, width, cfg.blocks, attention=_attends(cfg, i))
+        level = Level(inputs, width, cfg.blocks, _attends(cfg, i), cfg.norm_groups)
         if i < len(widths) - 1:
             # the published weights expect zero padding at the right and the bottom only
             level.downsample = stack(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(width, width, 3, stride=2))
@@ -124,8 +128,8 @@ def _encoder(cfg: VAEConfig) -> nn.Sequential:
     return stack(
         conv_in=conv3(3, cfg.width),
         down=down,
-        mid=_middle(widths[-1]),
-        norm_out=norm(widths[-1]),
+        mid=_middle(widths[-1], cfg.norm_groups),
+        norm_out=norm(widths[-1], cfg.norm_groups),
         act=nn.SiLU(),
         conv_out=conv3(widths[-1], 2 * cfg.latent_channels),
     )
@@ -135,14 +139,14 @@ def _decoder(cfg: VAEConfig) -> nn.Sequential:
     widths = [cfg.width * multiplier for multiplier in cfg.multipliers]
     up = {}  # the deepest level comes first; each is named by the index of its resolution
     for i, (inputs, width) in reversed(list(enumerate(zip([*widths[1:], widths[-1]], widths)))):
-        up[str(i)] = Level(inputs, width, cfg.blocks + 1, cfg.decoder_attention and _attends(cfg, i))
+        up[str(i)] = Level(inputs, width, cfg.blocks + 1, cfg.decoder_attention and _attends(cfg, i), cfg.norm_groups)
         if i > 0:
             up[str(i)].upsample = stack(nearest=nn.Upsample(scale_factor=2), conv=conv3(width, width))
     return stack(
         conv_in=conv3(cfg.latent_channels, widths[-1]),
-        mid=_middle(widths[-1]),
+        mid=_middle(widths[-1], cfg.norm_groups),
         up=stack(**up),
-        norm_out=norm(widths[0]),
+        norm_out=norm(widths[0], cfg.norm_groups),
         act=nn.SiLU(),
         conv_out=conv3(widths[0], 3),
     )

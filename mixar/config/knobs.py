@@ -74,6 +74,8 @@ class VAEConfig:
     # levels with self-attention: 0 is the finest, -1 the deepest
     attention_levels: list[int] = field(default_factory=lambda: [-1], metadata=_range(-LEVELS, LEVELS - 1))
     decoder_attention: bool = True  # False: only in the decoder's middle, as in MAR's KL-16
+    # most groups of a norm; groups of less than 4 channels lose colour, so write fewer where the width is small
+    norm_groups: int = _number(32, 1, _WIDTH)
     latent_channels: int = _number(32, 1, _WIDTH)  # channels of the latents
     latent_scale: float | None = _number(None, 1e-6, 1e6)  # MAR's 0.2325; None: statistics of the shards per channel
     kl_weight: float = _number(1e-6, 0, 1e6)  # weight of the loss's KL term; training only
@@ -95,6 +97,8 @@ class TokenizerConfig:
     multipliers: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4], metadata=_range(1, 64))
     blocks: int = _number(2, 1, 64)  # residual blocks per level
     decoder_blocks: int | None = _number(None, 1, 64)  # None: as many as `blocks`
+    # most groups of a norm; groups of less than 4 channels lose colour, so write fewer where the width is small
+    norm_groups: int = _number(32, 1, _WIDTH)
     bits: int = _number(14, 1, 24)  # bits per token: 2^bits codes
     code_dim: int | None = _number(None, 1, _WIDTH)  # channels per learned code; None: binary codes
     commitment_weight: float = _number(0.25, 0, 1e6)  # weight of the commitment loss; training only

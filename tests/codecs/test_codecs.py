@@ -40,6 +40,19 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+def test_norm_groups_divide_the_channels_and_keep_colour_apart_from_contrast() -> None:
+    """32 groups in 16 channels are of one channel each: what such a norm returns has no mean, which is the colour."""
+    narrow = replace(TINY_VAE, width=16)
+    flat = torch.full((1, 16, 4, 4), 0.5) * torch.arange(16).view(1, 16, 1, 1)
+    for groups, kept in ((32, False), (4, True)):
+        last = VAE(replace(narrow, norm_groups=groups)).decoder.norm_out
+        assert last.num_groups == min(groups, 16)
+        assert bool(last(flat).abs().max() > 0.1) == kept
+        tokenizer = build_tokenizer(replace(TINY_TOKENIZER, width=16, norm_groups=groups))
+        counts = {module.num_groups for module in tokenizer.modules() if isinstance(module, nn.GroupNorm)}
+        assert counts == ({16, 32} if groups == 32 else {4})
+
+
 def parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
