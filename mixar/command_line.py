@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,16 @@ def _path(text: str) -> str:
     if not text.strip():
         raise UserError("a path on the command line is empty: write it, or leave its flag out")
     return text
+
+
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = math.nan
+    if not 0 < minutes < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes: write one such as 15")
+    return minutes
 
 
 def _configs(parser: argparse.ArgumentParser) -> None:
@@ -143,14 +154,19 @@ def _demo(parser: argparse.ArgumentParser) -> None:
     """The whole method on small images, on a CPU, in minutes: codecs, shards, prior, MixAR, samples, scores, a picture.
 
         mixar demo                   5,000 digits that ship with a package: nothing is downloaded
-        mixar demo --images DIR      your images, classes from the sub-folders
+        mixar demo --images DIR      your images, classes from the sub-folders, in 15 minutes
+        mixar demo --images DIR --minutes 60
         mixar demo --compare         none, DC-Mix, DC-SA and DC-CA side by side, as in the paper's tables
 
     After an interruption, the same command resumes where it stopped.
     """
     parser.add_argument("--images", default="digits", help="a folder of images, or a built-in set (default: digits)")
     parser.add_argument("--out", type=lambda text: Path(_path(text)), help="default: runs/demo, or runs/demo-short")
-    parser.add_argument(
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument(
+        "--minutes", type=_minutes, metavar="M", help="of all stages together, by this machine's measured speed"
+    )
+    length.add_argument(
         "--short", action="store_true", help="every stage in about a minute, to see that all of it runs"
     )
     parser.add_argument("--compare", action="store_true", help="train the four guidances side by side")

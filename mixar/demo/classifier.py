@@ -19,6 +19,9 @@ def train_classifier(
     classes: int,
     *,
     steps: int = 400,
+    width: int = 24,
+    reach: int | None = None,
+    flip: bool = False,
     batch: int = 64,
     lr: float = 3e-3,
     held_out: float = 0.1,
@@ -30,14 +33,17 @@ def train_classifier(
     Where all images have one class, it learns instead by how much an image was rotated (Gidaris et al. 2018): a single
     label would teach it nothing, and distances in its features would mean nothing.
 
-    The time depends on `steps`, not on the size of the set. The only augmentation is a shift by up to a sixteenth of
-    the side, which suits objects as well as digits, whose mirror images are other signs.
+    The time depends on `steps`, not on the size of the set. By default the only augmentation is a shift by up to a
+    sixteenth of the side, which suits objects as well as digits, whose mirror images are other signs.
 
     Args:
         images: uint8 [n, 3, H, W], square.
         labels: int [n], in 0..classes-1.
+        width: channels of the first stage; the second has twice, the later ones four times as many.
+        reach: most pixels of a shift; default: a sixteenth of the side.
+        flip: mirror half of the images.
         held_out: share of the images that is kept from training.
-        seed: of the split, the initial weights, the batches and the shifts.
+        seed: of the split, the initial weights, the batches, the shifts and the mirroring.
 
     Raises:
         UserError: too few images to hold some out, or a label out of range.
@@ -55,16 +61,19 @@ def train_classifier(
     if rotations:
         images, labels = _turned(images)
         test, train = (torch.cat([rows + turn * len(order) for turn in range(TURNS)]) for rows in (test, train))
-    model = _new(TURNS if rotations else classes, images.shape[-1], seed, rotations).to(device)
+    model = _new(TURNS if rotations else classes, images.shape[-1], width, seed, rotations).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
 
     model.train()
-    reach = images.shape[-1] // 16
+    reach = images.shape[-1] // 16 if reach is None else reach
     for _ in range(steps):
         rows = train[torch.randint(len(train), (batch,), generator=generator)]
         shifts = torch.randint(-reach, reach + 1, (2, batch), generator=generator)
-        logits = model(_shift(images[rows], shifts).to(device))
+        seen = _shift(images[rows], shifts)
+        if flip:
+            seen = torch.where(torch.rand(batch, 1, 1, 1, generator=generator) < 0.5, seen.flip(-1), seen)
+        logits = model(seen.to(device))
         loss = F.cross_entropy(logits, labels[rows].long().to(device), label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
@@ -86,12 +95,13 @@ def _turned(images: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(turns), torch.arange(TURNS).repeat_interleave(len(images))
 
 
-def _new(classes: int, image_size: int, seed: int, rotations: bool) -> Classifier:
+def _new(classes: int, image_size: int, width: int, seed: int, rotations: bool) -> Classifier:
     # about 4x4 cells remain at any image size, so that each sees a good part of an object
     stages = max(3, round(math.log2(image_size / 4)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Classifier(ClassifierConfig(classes, image_size, [24, 48] + [96] * (stages - 2), rotations=rotations))
+        widths = [width, 2 * width] + [4 * width] * (stages - 2)
+        return Classifier(ClassifierConfig(classes, image_size, widths, rotations=rotations))
 
 
 def _shift(images: Tensor, shifts: Tensor) -> Tensor:

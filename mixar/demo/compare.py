@@ -21,12 +21,13 @@ def compare(demo: Demo) -> list[dict[str, Any]]:
     """Train and score each guidance; returns rows as in the paper's Tables 1 and 2, also written to `compare.json`."""
     demo.prepare_all()
     extractor, reference = demo.scoring()
+    share = demo.share("mixar") / (2 if demo.minutes is None else len(GUIDANCES))
     rows = []
     for guidance in GUIDANCES:
         name = f"compare-{guidance}"
         cfg = demo.config(
             "mixar",
-            demo.length.mixar / 2,
+            share,
             f"model.guidance={guidance}",
             "ti_mix.enabled=false",
             f"run_dir={demo.out / name}",

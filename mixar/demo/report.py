@@ -1,5 +1,6 @@
 """The demo's report: samples and reconstructions with their scores, and a picture of them."""
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -20,20 +21,21 @@ COLUMNS = 20  # of the picture
 def run_demo(demo: Demo) -> dict[str, Any]:
     """Run all stages, write `report.json` and `report.png`, and return the report."""
     demo.prepare_all()
-    demo.train("mixar", demo.length.mixar)
+    demo.train("mixar")
     pipeline = demo.pipeline().with_settings(batch=250)
     held_set = demo.image_set("held")
     spread = torch.linspace(0, len(held_set) - 1, min(500, len(held_set))).long()
     held, held_labels = pixels(held_set.subset(spread.tolist()), pipeline.image_size)
-    labels, seeds = demo.labels_and_seeds(demo.length.samples)
+    file = demo.out / "samples.pt"
     with demo.stage("samples") as todo:
-        file = demo.out / "samples.pt"
         if todo:
+            labels, seeds = demo.labels_and_seeds(demo.samples(pipeline))
             codes = pipeline.sample_codes(labels, seeds, progress="prior")
             images = pipeline(labels, seeds, codes, progress="MixAR")
             with replacing(file) as aside:
                 torch.save({"prior": pipeline.decode_codes(codes), "mixar": images}, aside)
-        samples = torch.load(file)
+    samples = torch.load(file)
+    labels, _ = demo.labels_and_seeds(len(samples["mixar"]))
     with demo.stage("scores"):
         extractor, reference = demo.scoring()
         reconstructed = reconstruct(pipeline, held)
@@ -52,12 +54,15 @@ def run_demo(demo: Demo) -> dict[str, Any]:
         }
         draw_rows(demo.out / "report.png", rows)
     report = {
+        "images": asdict(demo.survey) | {"used": demo.count, "classes": demo.classes},
         "seconds": demo.stages | {"total": round(sum(demo.stages.values()), 1)},
         "rfid": {name: score["distance"]["value"] for name, score in rfid.items()},
+        "psnr": {name: psnr(images, held) for name, images in reconstructed.items()},
         "fid": {name: score["distance"]["value"] for name, score in scores.items()},
         # empty where the set has one class
         "accuracy": {name: score["accuracy"] for name, score in scores.items() if "accuracy" in score},
-        "images_per_second": images_per_second(demo),
+        "chosen": demo.chosen,
+        "images_per_second": images_per_second(demo, len(labels)),
         "measured_with": {
             "what": "Frechet distance in the features of the demo's own classifier, not an Inception FID",
             "name": scores["mixar"]["distance"]["name"], "extractor": extractor.label,
@@ -81,9 +86,15 @@ def reconstruct(pipeline: MixARPipeline, images: Tensor) -> dict[str, Tensor]:
     return {"vae": torch.cat(by_vae), "tokenizer": torch.cat(by_tokenizer)}
 
 
-def images_per_second(demo: Demo) -> dict[str, float]:
+def psnr(images: Tensor, originals: Tensor) -> float:
+    """The mean over images of their peak signal-to-noise ratio in dB; both uint8 [n, 3, H, W]."""
+    errors = (images.double() - originals.double()).square().mean((1, 2, 3)).clamp_min(1e-2)
+    return (10 * (255**2 / errors).log10()).mean().item()
+
+
+def images_per_second(demo: Demo, samples: int) -> dict[str, float]:
     """Training speed of each network over its whole stage, and sampling speed of prior and MixAR together."""
-    rates = {"sampling": demo.length.samples / max(demo.stages["samples"], 0.1)}
+    rates = {"sampling": samples / max(demo.stages["samples"], 0.1)}
     for name in NETWORKS:
         rates[name] = describe_export(demo.export_of(name))["images"] / max(demo.stages[name], 0.1)
     return {name: round(rate, 1) for name, rate in rates.items()}

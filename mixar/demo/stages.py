@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ from mixar.codecs import load_tokenizer, load_vae
 from mixar.config import Config, load_config, to_dict
 from mixar.data.images import ImageSet, ImageSource, open_images, split, training_images
 from mixar.data.shards import prepare
+from mixar.demo.budget import LEAST, PROBE, SHARES, START, Survey, pace, seconds_of
 from mixar.demo.classifier import train_classifier
 from mixar.errors import UserError
-from mixar.evaluation.classifier import save_classifier
+from mixar.evaluation.classifier import Classifier, save_classifier
 from mixar.evaluation.extractors import Extractor, make_extractor
 from mixar.evaluation.scores import Features, accumulate
 from mixar.files import check_writable, write_json
@@ -29,7 +32,11 @@ from mixar.train import train
 from mixar.weights import newest_export
 
 CONFIGS = resources.CONFIGS / "demo"
+SIZE = 32  # pixels along the side of a demo's images
 DIGITS = 4500  # training images of the built-in set, for which the configs' epochs were chosen
+LEAST_OF_A_CLASS = 4  # images, so that some are held out and some to learn from
+FEWEST = 200  # samples to score
+UNITS = {"classifier": "steps", "samples": "samples"}  # of what a stage does
 MADE_OF = "made_of.json"  # images, length and configs of the folder's models
 NETWORKS = ("vae", "tokenizer", "prior", "mixar")  # each has a config
 RECIPE = ("model", "mask", "ti_mix", "optim", "train", "sample")  # further sections that shape them
@@ -46,6 +53,10 @@ class Length:
     images: int = 100_000  # used of the set at most
     samples: int = 2000
 
+    def of(self, network: str) -> float:
+        """The share of its config's epochs that a network trains for."""
+        return {"prior": self.prior, "mixar": self.mixar}.get(network, self.codecs)
+
 
 SHORT = Length(codecs=0.05, prior=0.05, mixar=0.03, classifier_steps=60, images=1000, samples=100)
 
@@ -57,16 +68,21 @@ class Demo:
     Args:
         out: the folder.
         images: a folder of images, or the name of a built-in set.
+        length: of its stages, where they do not depend on `minutes`.
+        minutes: of all stages together, by the measured speed of this machine.
         stages: seconds of each finished stage; read from the folder.
+        chosen: how long each stage was made, in `minutes`; read from the folder.
 
     Raises:
-        UserError: a folder that cannot be written or that holds another demo, or too few images.
+        UserError: a folder that cannot be written or that holds another demo, too few images or minutes.
     """
 
     out: Path
     images: str
     length: Length
+    minutes: float | None = None
     stages: dict[str, float] = field(default_factory=dict)
+    chosen: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_writable(self.out / MADE_OF)
@@ -77,11 +93,32 @@ class Demo:
         )
         if len(whole) < 40:
             raise UserError(f"{self.images} holds {len(whole)} images: give at least 40, better hundreds")
+        sizes = torch.tensor(whole.labels).bincount(minlength=len(whole.classes))
+        if sizes.min() < LEAST_OF_A_CLASS:
+            raise UserError(
+                f"{self.images} holds {sizes.min()} images of the class {whole.classes[int(sizes.argmin())]}: "
+                f"give each class at least {LEAST_OF_A_CLASS}, or put all into one folder without classes"
+            )
         self.classes = len(whole.classes)
         self.count = min(len(whole) - min(500, len(whole) // 10), self.length.images)
         self.held_out = len(whole) - self.count
+        self.survey = Survey.of(whole, SIZE)
+        self.configs = CONFIGS / "photos" if self.survey.photographs else CONFIGS
         self._claim(digest(whole))
-        self.stages = _read(self.out / "stages.json")
+        self.stages, self.chosen = _read(self.out / "stages.json"), _read(self.out / "chosen.json")
+        self._check_minutes()
+        print(f"{self.images}: {len(whole)} images in {self.classes} classes, {self.survey}\nnetworks: {self.configs}")
+
+    def _check_minutes(self) -> None:
+        """Refuse minutes that the finished stages have used up, or that are too few for the others."""
+        left = LEAST * sum(share for name, share in SHARES.items() if name not in self.stages)
+        gone = sum(self.stages.values()) / 60
+        if self.minutes is not None and left and self.minutes < gone + left:
+            done = f", of which {gone:.1f} minutes are done" if gone else ""
+            raise UserError(
+                f"--minutes {self.minutes:g} cannot hold the stages of the demo in {self.out}{done}: write "
+                f"--minutes {math.ceil(gone + left)} or more"
+            )
 
     def _claim(self, images: str) -> None:
         """Record what the demo in this folder is made of.
@@ -92,7 +129,7 @@ class Demo:
         Raises:
             UserError: the folder holds a demo of other images, another length or other configs.
         """
-        configs = {name: to_dict(load_config(CONFIGS / f"{name}.yaml")) for name in NETWORKS}
+        configs = {name: to_dict(load_config(self.configs / f"{name}.yaml")) for name in NETWORKS}
         recipes = {name: {part: config[part] for part in (*NETWORKS[:3], *RECIPE)} for name, config in configs.items()}
         now = json.loads(json.dumps({"images": images, "length": asdict(self.length), "configs": recipes}))
         before = _read(self.out / MADE_OF)
@@ -103,9 +140,9 @@ class Demo:
         write_json(self.out / MADE_OF, now)
 
     def config(self, name: str, share: float, *overrides: str) -> Config:
-        """`configs/demo/<name>.yaml` for this folder and set, for the same number of images seen whatever its size."""
+        """The config of the network `name` for this folder and set: the images that it sees depend on `share` alone."""
         stretch = share * DIGITS / self.count
-        base = load_config(CONFIGS / f"{name}.yaml")
+        base = load_config(self.configs / f"{name}.yaml")
         epochs = {
             "train.epochs": base.train.epochs,
             "train.checkpoint_every": base.train.checkpoint_every,
@@ -114,9 +151,10 @@ class Demo:
             "ti_mix.duration_epochs": base.ti_mix.duration_epochs,
         }
         exports = {f"{kind}.weights": self.newest_export(kind) for kind in ("vae", "tokenizer", "prior")}
-        return load_config(CONFIGS / f"{name}.yaml", [
+        return load_config(self.configs / f"{name}.yaml", [
             f"run_dir={self.out / name}", f"data.images={self.images}", f"data.shards={self.out / 'shards'}",
-            f"data.classes={self.classes}", f"data.held_out={self.held_out}", f"train.precision={self.precision}",
+            f"data.classes={self.classes}", f"data.held_out={self.held_out}", f"data.flip={self.survey.mirrored}",
+            f"train.precision={self.precision}",
             *(f"{key}={value * stretch}" for key, value in epochs.items()),
             *(f"{key}={path}" for key, path in exports.items() if path is not None and not key.startswith(name)),
             *overrides,
@@ -145,26 +183,69 @@ class Demo:
         self.stages[name] = round(time.monotonic() - begun, 1)
         write_json(self.out / "stages.json", self.stages)
 
-    def train(self, name: str, share: float) -> None:
-        """Train the network `name` for a share of its config's epochs."""
+    def train(self, name: str) -> None:
+        """Train the network `name`."""
         with self.stage(name) as todo:
             if todo:
-                train(self.config(name, share))
+                train(self.config(name, self.share(name)))
+
+    def share(self, name: str) -> float:
+        """The share of its config's epochs that the network `name` trains for."""
+        if self.minutes is None:
+            return self.length.of(name)
+        cfg = self.config(name, 1.0)
+        whole = cfg.train.epochs * self.count
+        images = self._in_time(name, lambda: pace(self.config(name, PROBE * cfg.train.batch / whole)))
+        return max(images, PROBE * cfg.train.batch) / whole
+
+    def _in_time(self, name: str, measure: Callable[[], float]) -> int:
+        """How many steps or images a stage does in its part of the minutes, as chosen when it first began.
+
+        Args:
+            measure: gives the stage's rate per second on this machine.
+        """
+        assert self.minutes is not None
+        if name not in self.chosen:
+            seconds, begun = seconds_of(name, self.minutes, self.stages), time.monotonic()
+            rate = measure()
+            left = max(0.0, seconds - START - (time.monotonic() - begun))
+            self.chosen[name] = {"seconds": round(seconds, 1), "per_second": round(rate, 2), "count": int(rate * left)}
+            write_json(self.out / "chosen.json", self.chosen)
+        chosen = self.chosen[name]
+        print(
+            f"{name}: {chosen['count']} at {chosen['per_second']} per second, in {chosen['seconds']:.0f} s", flush=True
+        )
+        return chosen["per_second"], chosen["count"]
 
     def prepare_all(self) -> None:
         """Run all stages that MixAR needs: classifier, codecs, shards, prior."""
         with self.stage("classifier") as todo:
             if todo and not self.extractor_path.exists():
-                images, labels = pixels(self.image_set("train"), self.config("vae", 1.0).data.image_size)
-                network, accuracy = train_classifier(images, labels, self.classes, steps=self.length.classifier_steps)
-                save_classifier(self.extractor_path, network, accuracy)
-        self.train("vae", self.length.codecs)
-        self.train("tokenizer", self.length.codecs)
+                save_classifier(self.extractor_path, *self._classifier())
+        self.train("vae")
+        self.train("tokenizer")
         with self.stage("shards") as todo:
             if todo:
-                cfg = self.config("prior", self.length.prior)
+                cfg = self.config("prior", 1.0)
                 prepare(cfg, training_images(cfg.data), load_vae(cfg.vae), load_tokenizer(cfg.tokenizer), self.device)
-        self.train("prior", self.length.prior)
+        self.train("prior")
+
+    def _classifier(self) -> tuple[Classifier, float]:
+        """A trained classifier and its accuracy on held-out images."""
+        images, labels = pixels(self.image_set("train"), SIZE)
+        recipe: dict[str, Any] = {"flip": self.survey.mirrored}
+        if self.survey.photographs:
+            recipe |= {"width": 32, "reach": SIZE // 8}
+        fit = partial(train_classifier, images, labels, self.classes, **recipe)
+        if self.minutes is None:
+            return fit(steps=self.length.classifier_steps)
+
+        def rate() -> float:
+            begun = time.monotonic()
+            fit(steps=PROBE)
+            return PROBE / (time.monotonic() - begun)
+
+        return fit(steps=max(PROBE, self._in_time("classifier", rate)))
 
     @property
     def extractor_path(self) -> Path:
@@ -182,8 +263,20 @@ class Demo:
     def scoring(self) -> tuple[Extractor, Features]:
         """The classifier as a feature extractor, and its features of the training images."""
         extractor = make_extractor(str(self.extractor_path), self.device)
-        images, _ = pixels(self.image_set("train"), self.config("vae", 1.0).data.image_size)
+        images, _ = pixels(self.image_set("train"), SIZE)
         return extractor, accumulate(images.split(256), extractor)
+
+    def samples(self, pipeline: MixARPipeline) -> int:
+        """How many samples are drawn and scored."""
+        if self.minutes is None:
+            return self.length.samples
+
+        def rate() -> float:
+            begun = time.monotonic()
+            pipeline(*self.labels_and_seeds(FEWEST))
+            return FEWEST / (time.monotonic() - begun)
+
+        return min(max(FEWEST, self._in_time("samples", rate)), self.length.samples)
 
     def labels_and_seeds(self, count: int) -> tuple[Tensor, Tensor]:
         """All classes in turn, and seeds 0, 1, ...: int64 [count] each."""

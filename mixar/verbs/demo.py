@@ -8,25 +8,30 @@ from mixar.demo.compare import compare
 from mixar.demo.report import run_demo
 from mixar.demo.stages import SHORT, Demo, Length
 
+MINUTES = 15.0  # of a demo of other images than the digits, whose configs say how long they train
+
 
 def run(args: argparse.Namespace) -> None:
     length = SHORT if args.short else Length()
     out = args.out or Path(
         "runs", ("demo" if args.images == "digits" else f"demo-{Path(args.images).name}") + "-short" * args.short
     )
-    demo = Demo(out, args.images, length)
+    minutes = args.minutes
+    if minutes is None and args.images != "digits" and not args.short:
+        minutes = MINUTES
+    demo = Demo(out, args.images, length, minutes)
     if args.compare:
         _print_table(compare(demo))
         return
     report = run_demo(demo)
-    fid, rfid = report["fid"], report["rfid"]
+    fid, rfid, psnr = report["fid"], report["rfid"], report["psnr"]
     accuracy = {name: f"{share:13.1%}" for name, share in report["accuracy"].items()}
     print(f"""
 {"":24}{"distance":>10}{"as labelled" if accuracy else "":>13}
 {"discrete prior":24}{fid["prior"]:10.2f}{accuracy.get("prior", "")}
 {"MixAR":24}{fid["mixar"]:10.2f}{accuracy.get("mixar", "")}
-{"reconstruction by VAE":24}{rfid["vae"]:10.2f}
-{"... by the tokenizer":24}{rfid["tokenizer"]:10.2f}
+{"reconstruction by VAE":24}{rfid["vae"]:10.2f}   {psnr["vae"]:.1f} dB
+{"... by the tokenizer":24}{rfid["tokenizer"]:10.2f}   {psnr["tokenizer"]:.1f} dB
 (Frechet distances in the features of a small {report["measured_with"]["features"]}; not an Inception FID)
 
 {out / "report.png"}   {out / "report.json"}   {report["seconds"]["total"]:.0f} s in all
