@@ -211,11 +211,9 @@ class Demo:
             left = max(0.0, seconds - START - (time.monotonic() - begun))
             self.chosen[name] = {"seconds": round(seconds, 1), "per_second": round(rate, 2), "count": int(rate * left)}
             write_json(self.out / "chosen.json", self.chosen)
-        chosen = self.chosen[name]
-        print(
-            f"{name}: {chosen['count']} at {chosen['per_second']} per second, in {chosen['seconds']:.0f} s", flush=True
-        )
-        return chosen["per_second"], chosen["count"]
+        count, rate, seconds = (self.chosen[name][key] for key in ("count", "per_second", "seconds"))
+        print(f"{name}: {count:,} {UNITS.get(name, 'images')} at {rate:.1f} per second, in {seconds:.0f} s", flush=True)
+        return int(count)
 
     def prepare_all(self) -> None:
         """Run all stages that MixAR needs: classifier, codecs, shards, prior."""
