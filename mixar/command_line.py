@@ -25,7 +25,7 @@ def _minutes(text: str) -> float:
     except ValueError:
         minutes = math.nan
     if not 0 < minutes < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes: write one such as 15")
+        raise UserError(f"--minutes {text} is not a number of minutes: write one such as 15")
     return minutes
 
 
