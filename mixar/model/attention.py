@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mixar.errors import UserError
-from mixar.model.dropout import drop
+from mixar.model.dropout import Dropping, drop
 from mixar.transfer import to_device
 
 
@@ -231,12 +231,12 @@ def _offsets(counts: tuple[int, ...], device: torch.device) -> Tensor:
     return to_device(torch.tensor([0, *accumulate(counts)], dtype=torch.int32), device)
 
 
-class Attention(nn.Module):
+class Attention(Dropping):
     """Multi-head self-attention (timm's ViT layout: one projection to q, k and v, in that order)."""
 
     def __init__(self, width: int, heads: int, dropout: float, kernel: str) -> None:
-        super().__init__()
-        self.heads, self.dropout, self.kernel = heads, dropout, kernel
+        super().__init__(dropout)
+        self.heads, self.kernel = heads, kernel
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
@@ -248,19 +248,19 @@ class Attention(nn.Module):
             keys: int64 [T] or [R], the dropout keys of the returned tokens; see `drop`.
         """
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
-        asking, dropout = lengths, self.dropout if self.training else 0.0
+        asking, dropout = lengths, self.now
         if queries is not None:
             q, asking = q[queries.rows], queries.lengths
         x = self.proj(attend(q, k, v, asking, lengths, dropout, self.kernel, keys).flatten(1))
         return drop(x, keys, 1, dropout)
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Dropping):
     """Multi-head cross-attention to a memory, with projections without bias (DC-CA)."""
 
     def __init__(self, width: int, memory_width: int, heads: int, dropout: float, kernel: str) -> None:
-        super().__init__()
-        self.heads, self.dropout, self.kernel = heads, dropout, kernel
+        super().__init__(dropout)
+        self.heads, self.kernel = heads, kernel
         self.q = nn.Linear(width, width, bias=False)
         self.k = nn.Linear(memory_width, width, bias=False)
         self.v = nn.Linear(memory_width, width, bias=False)
@@ -280,6 +280,6 @@ class CrossAttention(nn.Module):
             there = Lengths((n,) * images, None, n)
         else:
             there = Lengths(None, torch.arange(images + 1, device=x.device, dtype=torch.int32) * n, n)
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.now
         x = self.proj(attend(q, k, v, lengths.merged(images), there, dropout, self.kernel, keys).flatten(1))
         return drop(x, keys, 1, dropout)

@@ -121,13 +121,22 @@ def test_a_sum_that_cannot_be_taken_is_told_by_all(home, tmp_path) -> None:
     assert len(complete_checkpoints(run)) == 1
 
 
-def test_a_preview_that_fails_costs_no_step(home, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("error", "traced"),
+    [
+        ("RuntimeError('no picture')", True),
+        ("UserError('no picture')", False),
+        ("RuntimeError('CUDA out of memory. no picture')", False),
+    ],
+)
+def test_a_preview_that_fails_costs_no_step(home, tmp_path, error, traced) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     fault = FAULT.format(module="mixar.objectives", name="MixARObjective", method="preview", rank=0, call=1,
-                         error="RuntimeError('no picture')")  # fmt: skip
+                         error=error)  # fmt: skip
     assert run_with(fault, home, run, log, 2, "train.samples_every=1") == [0, 0]
     told = (run / "log.txt").read_text()
     assert "the preview after step 4 failed, the run continues" in told and "no picture" in told
+    assert ("Traceback" in told) is traced
     assert records(run)[-1]["step"] == 10 and (run / "exports").exists()
 
 
