@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mixar.checkpoint import complete_checkpoints
-from tests.home import end, fork_ranks, records
+from tests.home import end, fork_ranks, records, start_ranks
 from tests.home import train_arguments as train
 
 pytestmark = pytest.mark.slow
@@ -138,6 +138,14 @@ def test_a_preview_that_fails_costs_no_step(home, tmp_path, error, traced) -> No
     assert "the preview after step 4 failed, the run continues" in told and "no picture" in told
     assert ("Traceback" in told) is traced
     assert records(run)[-1]["step"] == 10 and (run / "exports").exists()
+
+
+def test_ranks_that_are_done_do_not_shut_their_interpreters_down(home, tmp_path) -> None:
+    aborting = f"import atexit, os\natexit.register(os.abort)\n{PLAIN}"  # as threads that DeepSpeed leaves behind may
+    run, log = tmp_path / "run", tmp_path / "log"
+    arguments = ["-c", aborting, *train(home, run, "train.epochs=0.25")[1:]]
+    assert end(start_ranks(arguments, 2, log=log)) == [0, 0], log.read_text()[-3000:]
+    assert (run / "exports").exists()
 
 
 def test_an_interrupted_start_is_no_traceback(home, tmp_path) -> None:
