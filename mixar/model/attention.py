@@ -54,9 +54,14 @@ class Lengths(NamedTuple):
 
 def pack(counts: Sequence[int], kernel: str, device: torch.device, longest: int) -> Lengths:
     """The lengths of packed images for a kernel of `model.attention` on a device; `longest` bounds them."""
-    if device.type == "cuda" and kernel in OFFSETS:
+    if _takes_offsets(kernel, device):
         return Lengths(None, _offsets(tuple(counts), device), longest)
     return Lengths(tuple(counts), None, longest)
+
+
+def _takes_offsets(kernel: str, device: torch.device) -> bool:
+    """Whether images of all lengths are computed at once: on a card that such kernels run on."""
+    return device.type == "cuda" and kernel in OFFSETS and torch.cuda.get_device_capability(device)[0] in _ANY_CARD[0]
 
 
 class Queries(NamedTuple):
@@ -86,6 +91,7 @@ class Kernel(NamedTuple):
 
 
 OFFSETS = ("auto", "efficient", "flash", "fa2", "fa3", "fa4")  # on a card these take images of all lengths at once
+FLASH_WIDTH = 192  # of a head: above it flash attention has no backward pass with dropout on some cards, above 256 none
 _ANY_CARD = ((8, 9, 10, 11, 12), "a CUDA card of the Ampere generation or newer")
 KERNELS = {
     "auto": Kernel(None),
@@ -141,7 +147,7 @@ def prepare_attention(kernel: str, device: torch.device) -> str:
         return f"{kernel} behind torch's flash attention, images of all lengths in one call"
     if kernel == "fa2":
         return "flash_attn_varlen_func, images of all lengths in one call"
-    if cuda and kernel in OFFSETS:
+    if _takes_offsets(kernel, device):
         names = {"auto": "flash attention in bf16, efficient attention in float32", "flash": "flash attention"}
         return f"torch's {names.get(kernel, 'efficient attention')}, images of all lengths in one call"
     return f"torch's scaled_dot_product_attention ({kernel}), images of one length together"
@@ -196,7 +202,8 @@ def _by_offsets(
         return flash_attn_varlen_func(q, k, v, *spans, dropout_p=dropout)
     width = q.shape[-1]
     q, k, v = (F.pad(x, (0, -width % 8)) if width % 8 else x for x in (q, k, v))  # both kernels read 8 values at a time
-    if kernel == "efficient" or q.dtype == torch.float32:
+    wide = kernel == "auto" and width > FLASH_WIDTH
+    if kernel == "efficient" or q.dtype == torch.float32 or wide:
         out = torch.ops.aten._efficient_attention_forward(
             q[None], k[None], v[None], None, *spans, dropout, 0, torch.is_grad_enabled(), scale=width**-0.5
         )[0][0]
