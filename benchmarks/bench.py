@@ -138,7 +138,8 @@ def sampling(
             sizes = {"width": WIDTH, "depth": BLOCKS, "heads": HEADS, "mlp_width": 4 * WIDTH}
             prior = Prior(PriorConfig(**sizes, bits=14, grid=16, classes=1000)).eval()
     init_weights(model, 0)
-    reorder_linears(torch.nn.ModuleList([model] if prior is None else [model, prior]))  # as in the pipeline
+    if not compiled:  # as in the pipeline
+        reorder_linears(torch.nn.ModuleList([model] if prior is None else [model, prior]))
     seeds, run = torch.arange(images, device=device), compiled_step(device) if compiled else diffusion_step
 
     def work() -> float:

@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mixar.cards import CARDS
 from mixar.codecs import LatentNorm
-from mixar.config import Config, load_config
+from mixar.config import Config, images_per_pass, load_config
 from mixar.data.batch import Batch
 from mixar.dist import Place
 from mixar.engine import build_engine
@@ -550,7 +550,7 @@ def trace_sampling(cfg: Config, diffusion_steps: int, images: int = 64) -> Trace
 
 def count(cfg: Config, steps: int = 2) -> dict[str, Any]:
     """All counts as plain values: of the passes, eager and compiled, of the optimizer's step, and of sampling."""
-    images = cfg.train.micro_batch or cfg.train.batch
+    images = images_per_pass(cfg, ranks=1)
     with_compile = lambda compile: changed(cfg, engine={"name": "ddp", "compile": compile})
     eager, _ = trace_step(with_compile(False), images)
     compiled, graphs = trace_step(with_compile(True), images, steps)
@@ -630,6 +630,8 @@ def main() -> None:
         cfg = load_config(args.config, args.overrides)
         if cfg.task != "mixar":
             raise UserError(f"task={cfg.task} is not counted: name a config of task=mixar")
+        if args.steps < 2:
+            raise UserError(f"--steps {args.steps} has none after the one that compiles: write --steps 2 or more")
         found = count(cfg, args.steps)
     except UserError as error:
         sys.exit(f"count.py: {error}")

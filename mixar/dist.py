@@ -20,6 +20,7 @@ import torch.distributed as c10d
 
 from mixar import slurm as scheduler
 from mixar.errors import PassingError, UserError
+from mixar.failures import ON_CPU
 from mixar.signals import end_at_once
 
 T = TypeVar("T")
@@ -173,8 +174,7 @@ def _refuse_shared_card(place: Place, card: str, store: c10d.Store) -> None:
     store.wait([f"read {rank}" for rank in ranks])  # the store may end with this process
     raise UserError(
         f"ranks {cards.index(cards[again])} and {again} have the same GPU ({cards[again]}): start one process per GPU, "
-        "such as torchrun --nproc_per_node=1 or srun --gpus-per-task=1; or write CUDA_VISIBLE_DEVICES= before the "
-        "command, then all ranks run on the CPU, with gloo"
+        f"such as torchrun --nproc_per_node=1, deepspeed --num_gpus=1 or srun --gpus-per-task=1; {ON_CPU}"
     )
 
 
@@ -253,9 +253,10 @@ def is_loss_of_others(error: BaseException) -> bool:
 
 
 def end(status: int) -> NoReturn:
-    """End this process alone and at once: the others may wait for it in a collective until their launcher ends them.
+    """End this process alone and at once. After an error the others may wait for it until their launcher ends them.
 
-    The interpreter is not shut down: that would wait for the threads of a running exchange, or abort in them.
+    The interpreter is not shut down: that would wait for the threads of a running exchange, or abort in threads that
+    libraries leave behind.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error about a killed worker here
     for worker in multiprocessing.active_children():

@@ -12,14 +12,19 @@ from mixar.log import log
 # texts of torch's errors: the classes are only RuntimeError and torch.AcceleratorError
 _GPU_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _HOST_MEMORY = ("DefaultCPUAllocator", "Cannot allocate memory")
-_DRIVER = "update the driver, or install a torch built for an older CUDA; CUDA_VISIBLE_DEVICES= runs on the CPU"
+# deepspeed names the cards anew for the ranks that it starts, and so does Slurm in jobs that have cards
+ON_CPU = (
+    "CUDA_VISIBLE_DEVICES= before the command runs on the CPU, with torchrun in place of deepspeed, and under Slurm as "
+    "srun env CUDA_VISIBLE_DEVICES= python"
+)
+_DRIVER = f"update the driver, or install a torch built for an older CUDA; {ON_CPU}"
 _REFUSED = {
     "no kernel image is available": "this torch has no code for this GPU, only for {architectures}: install a torch "
-    "built for it; CUDA_VISIBLE_DEVICES= before the command runs on the CPU",
+    f"built for it; {ON_CPU}",
     "driver version is insufficient": f"the NVIDIA driver is older than this torch's CUDA {{cuda}}: {_DRIVER}",
     "driver on your system is too old": f"the NVIDIA driver is older than this torch's CUDA {{cuda}}: {_DRIVER}",
     "busy or unavailable": "another process has this GPU for itself, `nvidia-smi` lists it: end it, or name another "
-    "card as CUDA_VISIBLE_DEVICES=<number>",
+    "card as CUDA_VISIBLE_DEVICES=<number>, to deepspeed as --include localhost:<number>",
 }
 _LATE = "CUDA reports it late: with CUDA_LAUNCH_BLOCKING=1 before the command, the traceback shows the operation"
 _EXPLAINED = {
@@ -27,7 +32,7 @@ _EXPLAINED = {
     "illegal memory access": f"A kernel is wrong, or the card is faulty: see whether another one has it too. {_LATE}",
     "ECC error": "The card's memory is faulty: `nvidia-smi -q` describes it; leave its node out",
 }
-_FREE = "`nvidia-smi` lists what else holds its memory; CUDA_VISIBLE_DEVICES= before the command runs on the CPU"
+_FREE = f"`nvidia-smi` lists what else holds its memory; {ON_CPU}"
 
 
 def in_words(error: BaseException, remedy: Callable[[bool], str] | None = None) -> BaseException:

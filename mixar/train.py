@@ -173,17 +173,22 @@ def run(args: argparse.Namespace) -> None:
             print(to_yaml(cfg) + render(make_plan(cfg)))
             check_inputs(cfg, resumes=bool(complete_checkpoints(Path(cfg.run_dir))))
         return
+    status = 0
     try:
         train(load_config(args.config, overrides))
         _report_outcome(None)
     except Stopped as stop:
         _report_outcome(stop)
-        if stop.status:
-            sys.exit(stop.status)
+        status = stop.status
     except UserError as error:
         _report_outcome(error)
         raise
+    among_others = dist.among_others()
     dist.leave()
+    if among_others:
+        dist.end(status)  # with DeepSpeed, an interpreter that shuts down aborts now and then, after all work is done
+    if status:
+        sys.exit(status)
 
 
 def _report_outcome(end: BaseException | None, run: RunDirectory | None = None) -> None:

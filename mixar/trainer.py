@@ -21,6 +21,7 @@ from mixar.data.loader import Loader
 from mixar.dist import Agreement, Place
 from mixar.engine import Scalars, StepInfo, build_engine, learning_rate
 from mixar.errors import UserError
+from mixar.failures import in_words
 from mixar.log import log
 from mixar.metrics import Averages, Metrics, Stopwatch
 from mixar.objectives import MixARObjective, Objective
@@ -212,8 +213,11 @@ class Trainer:
                 images = self.objective.preview(model)
             if images is not None:
                 metrics.images("samples", images, self.progress.step)
-        except Exception:  # of any kind: a failed preview must not end the training
-            log.exception("the preview after step %d failed, the run continues:", self.progress.step)
+        except Exception as error:  # of any kind: a failed preview must not end the training
+            reported = in_words(error)
+            traced = None if isinstance(reported, UserError) else error
+            log.error("the preview after step %d failed, the run continues: %s", self.progress.step, reported,
+                      exc_info=traced)  # fmt: skip
 
     def _export(self) -> Path:
         if self.steps and not dist.on_main(self.place, self.engine.updates.item):

@@ -134,8 +134,11 @@ def test_the_share_of_the_peak_of_smaller_work(name: str, images: int, share: fl
     assert passes(cfg, images, trace)["mfu"] >= share
 
 
-def test_a_config_that_is_not_counted_is_refused() -> None:
-    args = [sys.executable, count.__file__, str(ROOT / "configs/prior_14bit.yaml")]
-    done = subprocess.run(args, capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [(["prior_14bit"], "name a config of task=mixar"), (["mixar_l", "--steps", "1"], "write --steps 2 or more")],
+)
+def test_what_is_not_counted_is_refused(given: list[str], told: str) -> None:
+    done = subprocess.run([sys.executable, count.__file__, *given], capture_output=True, text=True)
     assert done.returncode == 1
-    assert "name a config of task=mixar" in done.stderr
+    assert told in done.stderr

@@ -36,6 +36,8 @@ def test_what_a_user_can_act_on_is_one_line(error, told, monkeypatch, capsys) ->
     assert main(["prepare", "mixar_l"]) == UserError.status
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("mixar prepare: ") and told in line
+    # which name the cards anew for their ranks
+    assert "CUDA_VISIBLE_DEVICES=" not in line or ("deepspeed" in line and "srun" in line) or "--include" in line
 
 
 @pytest.mark.parametrize(

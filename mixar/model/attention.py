@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mixar.errors import UserError
-from mixar.model.dropout import drop
+from mixar.model.dropout import Dropping, drop
 from mixar.transfer import to_device
 
 
@@ -54,9 +54,14 @@ class Lengths(NamedTuple):
 
 def pack(counts: Sequence[int], kernel: str, device: torch.device, longest: int) -> Lengths:
     """The lengths of packed images for a kernel of `model.attention` on a device; `longest` bounds them."""
-    if device.type == "cuda" and kernel in OFFSETS:
+    if _takes_offsets(kernel, device):
         return Lengths(None, _offsets(tuple(counts), device), longest)
     return Lengths(tuple(counts), None, longest)
+
+
+def _takes_offsets(kernel: str, device: torch.device) -> bool:
+    """Whether images of all lengths are computed at once: on a card that such kernels run on."""
+    return device.type == "cuda" and kernel in OFFSETS and torch.cuda.get_device_capability(device)[0] in _ANY_CARD[0]
 
 
 class Queries(NamedTuple):
@@ -86,6 +91,7 @@ class Kernel(NamedTuple):
 
 
 OFFSETS = ("auto", "efficient", "flash", "fa2", "fa3", "fa4")  # on a card these take images of all lengths at once
+FLASH_WIDTH = 192  # of a head: above it flash attention has no backward pass with dropout on some cards, above 256 none
 _ANY_CARD = ((8, 9, 10, 11, 12), "a CUDA card of the Ampere generation or newer")
 KERNELS = {
     "auto": Kernel(None),
@@ -141,7 +147,7 @@ def prepare_attention(kernel: str, device: torch.device) -> str:
         return f"{kernel} behind torch's flash attention, images of all lengths in one call"
     if kernel == "fa2":
         return "flash_attn_varlen_func, images of all lengths in one call"
-    if cuda and kernel in OFFSETS:
+    if _takes_offsets(kernel, device):
         names = {"auto": "flash attention in bf16, efficient attention in float32", "flash": "flash attention"}
         return f"torch's {names.get(kernel, 'efficient attention')}, images of all lengths in one call"
     return f"torch's scaled_dot_product_attention ({kernel}), images of one length together"
@@ -196,7 +202,8 @@ def _by_offsets(
         return flash_attn_varlen_func(q, k, v, *spans, dropout_p=dropout)
     width = q.shape[-1]
     q, k, v = (F.pad(x, (0, -width % 8)) if width % 8 else x for x in (q, k, v))  # both kernels read 8 values at a time
-    if kernel == "efficient" or q.dtype == torch.float32:
+    wide = kernel == "auto" and width > FLASH_WIDTH
+    if kernel == "efficient" or q.dtype == torch.float32 or wide:
         out = torch.ops.aten._efficient_attention_forward(
             q[None], k[None], v[None], None, *spans, dropout, 0, torch.is_grad_enabled(), scale=width**-0.5
         )[0][0]
@@ -231,12 +238,12 @@ def _offsets(counts: tuple[int, ...], device: torch.device) -> Tensor:
     return to_device(torch.tensor([0, *accumulate(counts)], dtype=torch.int32), device)
 
 
-class Attention(nn.Module):
+class Attention(Dropping):
     """Multi-head self-attention (timm's ViT layout: one projection to q, k and v, in that order)."""
 
     def __init__(self, width: int, heads: int, dropout: float, kernel: str) -> None:
-        super().__init__()
-        self.heads, self.dropout, self.kernel = heads, dropout, kernel
+        super().__init__(dropout)
+        self.heads, self.kernel = heads, kernel
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
@@ -248,19 +255,19 @@ class Attention(nn.Module):
             keys: int64 [T] or [R], the dropout keys of the returned tokens; see `drop`.
         """
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
-        asking, dropout = lengths, self.dropout if self.training else 0.0
+        asking, dropout = lengths, self.now
         if queries is not None:
             q, asking = q[queries.rows], queries.lengths
         x = self.proj(attend(q, k, v, asking, lengths, dropout, self.kernel, keys).flatten(1))
         return drop(x, keys, 1, dropout)
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Dropping):
     """Multi-head cross-attention to a memory, with projections without bias (DC-CA)."""
 
     def __init__(self, width: int, memory_width: int, heads: int, dropout: float, kernel: str) -> None:
-        super().__init__()
-        self.heads, self.dropout, self.kernel = heads, dropout, kernel
+        super().__init__(dropout)
+        self.heads, self.kernel = heads, kernel
         self.q = nn.Linear(width, width, bias=False)
         self.k = nn.Linear(memory_width, width, bias=False)
         self.v = nn.Linear(memory_width, width, bias=False)
@@ -280,6 +287,6 @@ class CrossAttention(nn.Module):
             there = Lengths((n,) * images, None, n)
         else:
             there = Lengths(None, torch.arange(images + 1, device=x.device, dtype=torch.int32) * n, n)
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.now
         x = self.proj(attend(q, k, v, lengths.merged(images), there, dropout, self.kernel, keys).flatten(1))
         return drop(x, keys, 1, dropout)

@@ -5,25 +5,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixar.model.attention import Attention, CrossAttention, Lengths, Queries
-from mixar.model.dropout import drop
+from mixar.model.dropout import Dropping, drop
 
 
-class Mlp(nn.Module):
+class Mlp(Dropping):
     """Linear, exact GELU, Linear, dropout after both."""
 
     def __init__(self, width: int, hidden: int, dropout: float) -> None:
-        super().__init__()
+        super().__init__(dropout)
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
-        self.dropout = dropout
 
     def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
         """x [T, D] to [T, D]; keys as in `Attention`."""
         hidden = self.fc1(x)
         # in place if no gradient needs the input, so that the model's widest tensor exists only once
         hidden = F.gelu(hidden) if hidden.requires_grad else torch.ops.aten.gelu_(hidden)
-        p = self.dropout if self.training else 0.0
-        return drop(self.fc2(drop(hidden, keys, 2, p)), keys, 3, p)
+        return drop(self.fc2(drop(hidden, keys, 2, self.now)), keys, 3, self.now)
 
 
 class Block(nn.Module):

@@ -8,12 +8,29 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixar import rng
 from mixar.rng import Stream
 
 TOSSES = 1 << 24
+
+
+class Dropping(nn.Module):
+    """A module with a probability of dropout.
+
+    Attributes:
+        dropout: the probability in training.
+    """
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+
+    @property
+    def now(self) -> float:
+        """The present probability, 0 outside of training."""
+        return self.dropout if self.training else 0.0
 
 
 @lru_cache(maxsize=8)

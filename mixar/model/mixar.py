@@ -46,17 +46,14 @@ class Losses(NamedTuple):
 
     Attributes:
         loss: [], the mean over the masked rows of each image, then over images.
-        mse, vb: the process's terms, float32 [mul, R], detached; vb is None if it does not learn its variance.
+        rows: the sum of the process's terms, float32 [mul, R], detached.
+        mse, vb: the terms, as `rows`; vb is None if the process does not learn its variance.
     """
 
     loss: Tensor
+    rows: Tensor
     mse: Tensor
     vb: Tensor | None
-
-    @property
-    def rows(self) -> Tensor:
-        """The sum of the terms, [mul, R]."""
-        return self.mse if self.vb is None else self.mse + self.vb
 
 
 class DiffusionHead(nn.Module):
@@ -249,4 +246,6 @@ class MixAR(nn.Module):
         mse, vb = self.process.losses(net, target.repeat(mul, 1), t.flatten(), noise.flatten(0, 1))
         each = (mse if vb is None else mse + vb).view(mul, -1)
         loss = (each.mean(0) * masking.row_weights).sum()
-        return Losses(loss, mse.detach().view(mul, -1), None if vb is None else vb.detach().view(mul, -1))
+        return Losses(
+            loss, each.detach(), mse.detach().view(mul, -1), None if vb is None else vb.detach().view(mul, -1)
+        )

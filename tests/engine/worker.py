@@ -11,3 +11,4 @@ if __name__ == "__main__":
     for overrides in json.loads(sys.argv[2]):
         train(load_config(sys.argv[1], overrides))
     dist.leave()
+    dist.end(0)

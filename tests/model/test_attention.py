@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixar.config import ATTENTIONS, load_config
 from mixar.errors import UserError
@@ -115,6 +116,32 @@ def test_a_card_takes_offsets_where_its_kernel_can() -> None:
         assert pack((3, 5), kernel, torch.device("cpu"), 5) == Lengths((3, 5), None, 5)
     for kernel in ("math", "cudnn"):
         assert pack((3, 5), kernel, torch.device("cuda"), 5) == Lengths((3, 5), None, 5)
+
+
+def test_a_card_without_such_kernels_leaves_the_choice_to_torch(card) -> None:
+    turing = card((7, 5))
+    assert pack((3, 5), "auto", turing, 5) == Lengths((3, 5), None, 5)
+    assert "images of one length together" in prepare_attention("auto", turing)
+    assert "images of all lengths in one call" in prepare_attention("auto", card(AMPERE))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "width", "asked"),
+    [("auto", 64, "flash"), ("auto", 192, "flash"), ("auto", 256, "efficient"), ("auto", 1024, "efficient"),
+     ("flash", 256, "flash"), ("efficient", 64, "efficient")],
+)  # fmt: skip
+def test_wide_heads_go_to_a_kernel_that_takes_them(kernel: str, width: int, asked: str) -> None:
+    names = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    q, k, v = (torch.empty(n, 2, width, dtype=torch.bfloat16, device="meta") for n in (14, 12, 12))
+    with Calls():
+        attention.attend(q, k, v, by_offsets(LENGTHS), by_offsets(MEMORY), 0.1, kernel, None)
+    assert [name for name in names if "attention" in name] == [f"aten::_{asked}_attention_forward"]
 
 
 def test_further_images_attend_to_the_last_row() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mixar.checkpoint import complete_checkpoints
-from tests.home import end, fork_ranks, records
+from tests.home import end, fork_ranks, records, start_ranks
 from tests.home import train_arguments as train
 
 pytestmark = pytest.mark.slow
@@ -121,14 +121,31 @@ def test_a_sum_that_cannot_be_taken_is_told_by_all(home, tmp_path) -> None:
     assert len(complete_checkpoints(run)) == 1
 
 
-def test_a_preview_that_fails_costs_no_step(home, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("error", "traced"),
+    [
+        ("RuntimeError('no picture')", True),
+        ("UserError('no picture')", False),
+        ("RuntimeError('CUDA out of memory. no picture')", False),
+    ],
+)
+def test_a_preview_that_fails_costs_no_step(home, tmp_path, error, traced) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     fault = FAULT.format(module="mixar.objectives", name="MixARObjective", method="preview", rank=0, call=1,
-                         error="RuntimeError('no picture')")  # fmt: skip
+                         error=error)  # fmt: skip
     assert run_with(fault, home, run, log, 2, "train.samples_every=1") == [0, 0]
     told = (run / "log.txt").read_text()
     assert "the preview after step 4 failed, the run continues" in told and "no picture" in told
+    assert ("Traceback" in told) is traced
     assert records(run)[-1]["step"] == 10 and (run / "exports").exists()
+
+
+def test_ranks_that_are_done_do_not_shut_their_interpreters_down(home, tmp_path) -> None:
+    aborting = f"import atexit, os\natexit.register(os.abort)\n{PLAIN}"  # as threads that DeepSpeed leaves behind may
+    run, log = tmp_path / "run", tmp_path / "log"
+    arguments = ["-c", aborting, *train(home, run, "train.epochs=0.25")[1:]]
+    assert end(start_ranks(arguments, 2, log=log)) == [0, 0], log.read_text()[-3000:]
+    assert (run / "exports").exists()
 
 
 def test_an_interrupted_start_is_no_traceback(home, tmp_path) -> None:
