@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from mixar.codecs.discriminator import for_training
 from mixar.codecs.images import from_bytes, to_bytes
 from mixar.codecs.latents import LatentNorm
 from mixar.codecs.maskbit import MaskBitTokenizer, ids_from_bits
@@ -22,6 +23,7 @@ __all__ = [
     "LatentNorm",
     "Tokenizer",
     "build_tokenizer",
+    "for_training",
     "from_bytes",
     "ids_from_bits",
     "kl",
