@@ -1,4 +1,7 @@
-"""The frozen networks between images in [0, 1] and tokens: the VAE (continuous) and the tokenizer (discrete)."""
+"""The frozen networks between images in [0, 1] and tokens: the VAE (continuous) and the tokenizer (discrete).
+
+And the discriminator that they are trained against.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
