@@ -2,6 +2,7 @@
 
 import ast
 import io
+import itertools
 import json
 import tokenize
 import typing
@@ -120,10 +121,9 @@ def comments(section: Any) -> Iterator[tuple[str, str]]:
         if token.type == tokenize.COMMENT
     }
     alone = {line for line in notes if text.splitlines()[line - 1].lstrip().startswith("#")}
-    (body,) = [
-        node.body for node in ast.parse(text).body if isinstance(node, ast.ClassDef) and node.name == section.__name__
-    ]
-    for node in body:
+    names = [kind.__name__ for kind in section.__mro__]  # with those that it inherits fields from
+    classes = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef) and node.name in names]
+    for node in itertools.chain.from_iterable(found.body for found in classes):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             first = node.lineno
             while first - 1 in alone:

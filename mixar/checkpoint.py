@@ -32,7 +32,10 @@ FORMAT = 2
 # keys and sections that shape the weights, the draws or the count of images: a resumed run must not change them
 FIXED = ("task", "seed", "train.batch", "data.flip", "mask", "vae", "tokenizer", "prior", "model")
 # except these: other kernels compute the same, and frozen networks are compared by fingerprint, not by path
-FREE = ("model.attention", "vae.weights", "tokenizer.weights", "prior.weights")
+FREE = (
+    "model.attention", "vae.weights", "tokenizer.weights", "prior.weights", "vae.perceptual_features",
+    "tokenizer.perceptual_features",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

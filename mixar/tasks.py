@@ -19,8 +19,8 @@ SHOWN = 32  # images that a codec's preview reconstructs
 
 # arguments as in `build_objective`
 OBJECTIVES: dict[str, Callable[[Config, dict[str, Any], torch.device, Source | None], Objective]] = {
-    "vae": lambda cfg, data, device, source: VAEObjective(cfg, _shown_images(source)),
-    "tokenizer": lambda cfg, data, device, source: TokenizerObjective(cfg, _shown_images(source)),
+    "vae": lambda cfg, data, device, source: VAEObjective(cfg, _shown_images(source), device),
+    "tokenizer": lambda cfg, data, device, source: TokenizerObjective(cfg, _shown_images(source), device),
     "prior": lambda cfg, data, device, source: PriorObjective(cfg, data),
     "mixar": lambda cfg, data, device, source: MixARObjective(cfg, LatentNorm.from_dict(data["latents"]), device, data),
 }

@@ -28,7 +28,6 @@ from mixar.errors import PassingError, UserError, report
 from mixar.files import write_text
 from mixar.log import keep_in_log, log
 from mixar.model.attention import prepare_attention
-from mixar.objectives import MixARObjective
 from mixar.ops import load
 from mixar.plan import make_plan, memory_fixes, render
 from mixar.tasks import build_objective, open_data
@@ -54,9 +53,7 @@ def train(cfg: Config) -> Path:
         source, data = open_data(cfg)
         objective = build_objective(cfg, data, place.device, source)
         dist.on_main(place, objective.open)
-        if isinstance(objective, MixARObjective) and objective.prior is not None:
-            data["prior"] = objective.frozen.fingerprints["prior"]  # TI-Mix draws from it
-        run.begin(data)
+        run.begin(data | objective.load_frozen())
         log_start(cfg, source, place)
         for line in kernels:
             log.info("%s", line)

@@ -200,8 +200,8 @@ class Trainer:
         if not self.place.is_main:
             return None
         with torch.device("meta"):
-            model = self.objective.build()
-        model.load_state_dict(weights, assign=True)
+            model = self.objective.bare()
+        model.load_state_dict({name: weights[name] for name in model.state_dict()}, assign=True)
         return model.to(self.place.device).eval()
 
     def _preview(self, metrics: Metrics | None) -> None:

@@ -20,6 +20,7 @@ from mixar.codecs import VAE, build_tokenizer, load_tokenizer, load_vae
 from mixar.config import Config, load_config, to_dict, to_yaml
 from mixar.data.images import open_images
 from mixar.data.shards import prepare
+from mixar.evaluation.classifier import Classifier, ClassifierConfig, save_classifier
 from mixar.prior import Prior
 from mixar.weights import read_export, write_export
 
@@ -67,6 +68,12 @@ def make_home(root: Path) -> Path:
     cfg = make_sources(root)
     prepare(cfg, open_images(cfg.data), load_vae(cfg.vae), load_tokenizer(cfg.tokenizer), "cpu", progress=False)
     return root
+
+
+def save_features(folder: Path, size: int, seed: int = 0) -> None:
+    """The export of a classifier of images of `size` pixels, with random weights, for a perceptual loss."""
+    torch.manual_seed(seed)
+    save_classifier(folder, Classifier(ClassifierConfig(2, size, widths=[4, 8], features=8)), accuracy=0.5)
 
 
 def train_arguments(home: Path, run: Path, *overrides: str) -> list[str]:

@@ -36,6 +36,8 @@ PARAMETERS = {
     "prior_14bit": 304_929_024,
     "mixar_l_512": 559_373_376,
     "prior_14bit_512": 305_715_456,
+    "vae_f16d32": 69_836_067 + 2_765_633,  # with a discriminator
+    "tokenizer_14bit": 54_489_489 + 2_765_633,
 }
 
 
@@ -297,6 +299,11 @@ def test_an_extreme_value_is_refused_by_its_name_or_can_be_planned_with(file: Pa
         (["prior.heads=7"], "write prior.heads=8"),
         (["tokenizer.bits=13"], "write prior.splits=1"),
         (["data.image_size=250"], "write data.image_size=240"),
+        (["task=vae", "vae.perceptual_weight=0.1"], "write vae.perceptual_features=<a classifier's export, or"),
+        (
+            ["task=tokenizer", "tokenizer.discriminator_weight=0.1", "data.image_size=16"],
+            "images of at least 24 pixels, not data.image_size=16: write tokenizer.discriminator_weight=0",
+        ),
         (["model.patch=2", "model.grid=16"], "write model.grid=8"),
         (["model.patch=32"], "write model.patch=16"),
         (["tokenizer.multipliers=[1,1,2]"], "write tokenizer.multipliers with 5 entries"),

@@ -57,6 +57,11 @@ PARSED = (
     "mixar prepare configs/mixar_l.yaml data.images=/data/imagenet/train",
     "mixar prepare configs/mixar_l.yaml --verify",
     "mixar train configs/mixar_l.yaml",
+    "mixar train configs/vae_f16d32.yaml data.images=/data/world",
+    "mixar train configs/tokenizer_14bit.yaml data.images=/data/world",
+    "torchrun --nproc_per_node=8 mixar/train.py configs/vae_f16d32.yaml data.images=/data/world",
+    "mixar prepare configs/mixar_l.yaml data.images=/data/world data.shards=data/world vae.weights=runs/vae_f16d32 "
+    "tokenizer.weights=runs/tokenizer_14bit",
     "mixar evaluate runs/mixar_l --count 50000 --reference /data/imagenet/train --crop 256 --extractor inception",
     "sbatch slurm/prepare.sh data.images=/data/imagenet/train",
     "sbatch slurm/train_l.sh",

@@ -1,4 +1,7 @@
-"""The frozen networks between images in [0, 1] and tokens: the VAE (continuous) and the tokenizer (discrete)."""
+"""The frozen networks between images in [0, 1] and tokens: the VAE (continuous) and the tokenizer (discrete).
+
+And the discriminator that they are trained against.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,6 +9,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from mixar.codecs.discriminator import for_training
 from mixar.codecs.images import from_bytes, to_bytes
 from mixar.codecs.latents import LatentNorm
 from mixar.codecs.maskbit import MaskBitTokenizer, ids_from_bits
@@ -22,6 +26,7 @@ __all__ = [
     "LatentNorm",
     "Tokenizer",
     "build_tokenizer",
+    "for_training",
     "from_bytes",
     "ids_from_bits",
     "kl",

@@ -1,7 +1,7 @@
 """The config: every key is defined once, and set by defaults < yaml < `key=value`, then checked."""
 
 from mixar.config.checks import check_sample, check_sample_values, profiled_steps
-from mixar.config.inputs import check_inputs, missing_inputs
+from mixar.config.inputs import check_inputs, missing_inputs, needed_inputs
 from mixar.config.knobs import (
     ATTENTIONS,
     ENGINES,
@@ -12,6 +12,7 @@ from mixar.config.knobs import (
     PROCESSES,
     SOLVERS,
     TASKS,
+    CodecLosses,
     Config,
     DataConfig,
     EngineConfig,
@@ -43,6 +44,7 @@ __all__ = [
     "SOLVERS",
     "STEPS",
     "TASKS",
+    "CodecLosses",
     "Config",
     "DataConfig",
     "EngineConfig",
@@ -63,6 +65,7 @@ __all__ = [
     "images_per_pass",
     "load_config",
     "missing_inputs",
+    "needed_inputs",
     "profiled_steps",
     "renamed",
     "respaced_steps",

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from typing import Any
 
-from mixar.config.knobs import LEVELS, Config, SampleConfig
+from mixar.config.knobs import JUDGED, LEVELS, CodecLosses, Config, SampleConfig
 from mixar.config.passes import images_per_pass
 from mixar.config.respacing import RESPACINGS, respaced_steps
 from mixar.errors import SettingError, UserError
@@ -24,6 +24,7 @@ def validate(config: Config) -> None:
     _check_values(config)
     _check_networks(config)
     _check_tokens(config)
+    _check_losses(config)
     profiled_steps(config.train.profile)
     images_per_pass(config, ranks=1)
     check_sample(config.sample)
@@ -212,6 +213,24 @@ def _check_tokens(config: Config) -> None:
     if config.ti_mix.enabled and model.guidance == "none":
         raise UserError(
             "ti_mix.enabled=true needs discrete tokens: write model.guidance=dc_mix, or ti_mix.enabled=false"
+        )
+
+
+def _check_losses(config: Config) -> None:
+    """Check what the losses of the codec that is trained need."""
+    if config.task not in ("vae", "tokenizer"):
+        return
+    losses: CodecLosses = getattr(config, config.task)
+    if losses.perceptual_weight > 0 and losses.perceptual_features is None:
+        raise UserError(
+            f"{config.task}.perceptual_weight={losses.perceptual_weight} compares images in a classifier's features: "
+            f"write {config.task}.perceptual_features=<a classifier's export, or the file of torch-fidelity's "
+            f"InceptionV3>, or {config.task}.perceptual_weight=0"
+        )
+    if losses.discriminator_weight > 0 and config.data.image_size < JUDGED:
+        raise UserError(
+            f"{config.task}.discriminator_weight={losses.discriminator_weight} needs images of at least {JUDGED} "
+            f"pixels, not data.image_size={config.data.image_size}: write {config.task}.discriminator_weight=0"
         )
 
 

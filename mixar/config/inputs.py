@@ -8,7 +8,7 @@ from mixar.errors import UserError
 
 
 def check_inputs(config: Config, resumes: bool) -> None:
-    """Refuse a run if one of its files is missing: the frozen networks, `init_from`, `engine.deepspeed`.
+    """Refuse a run if one of its files is missing: those of frozen networks, `init_from`, `engine.deepspeed`.
 
     Their contents are checked when they are read; this check takes no time and no memory.
 
@@ -25,13 +25,13 @@ def check_inputs(config: Config, resumes: bool) -> None:
 
 def needed_inputs(config: Config) -> list[str]:
     """The keys of files that training reads at its start, for previews or for its export."""
-    codecs = {
-        "vae": [],
-        "tokenizer": [],
+    needed = {
+        "vae": ["vae.perceptual_features"] * (config.vae.perceptual_weight > 0),
+        "tokenizer": ["tokenizer.perceptual_features"] * (config.tokenizer.perceptual_weight > 0),
         "prior": ["tokenizer.weights"],
         "mixar": ["vae.weights"] + ["tokenizer.weights", "prior.weights"] * (config.model.guidance != "none"),
     }
-    return [*codecs[config.task], "init_from", "engine.deepspeed"]
+    return [*needed[config.task], "init_from", "engine.deepspeed"]
 
 
 def missing_inputs(config: Config, keys: list[str]) -> list[str]:

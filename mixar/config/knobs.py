@@ -25,6 +25,7 @@ RECOMPUTE = ("none", "backbone", "head", "all")
 _SIDE, _WIDTH, _DEPTH, MOST_CLASSES = 2**14, 2**16, 2**10, 2**24
 _IMAGES, _EPOCHS = 10**12, 10**6
 LEVELS = 15  # at most, per codec: these halve the largest image to one position
+JUDGED = 24  # pixels along the side of the smallest image for which the patch discriminator has a logit
 
 
 def stride(multipliers: list[int]) -> int:
@@ -63,7 +64,20 @@ class DataConfig:
 
 
 @dataclass
-class VAEConfig:
+class CodecLosses:
+    """What both codecs may be trained with beside their own losses."""
+
+    perceptual_weight: float = _number(0.0, 0, 1e6)  # weight of the perceptual loss, 0 is off; training only
+    # of the perceptual loss: the folder of a classifier's export, or a file of torch-fidelity's InceptionV3
+    perceptual_features: str | None = None
+    discriminator_weight: float = _number(0.0, 0, 1e6)  # weight of the adversarial loss, 0 is off; training only
+    # epoch from which the codec is trained against the discriminator, which itself learns from the first step
+    discriminator_start: float = _number(0.0, 0, _EPOCHS)
+    discriminator_width: int = _number(64, 1, _WIDTH)  # channels of the discriminator's first layer; then 2, 4, 8 times
+
+
+@dataclass
+class VAEConfig(CodecLosses):
     """KL autoencoder of the LDM family: VA-VAE f16d32 by default, MAR's KL-16 with two changed values."""
 
     weights: str | None = None  # an export folder, or a public checkpoint file
@@ -87,7 +101,7 @@ class VAEConfig:
 
 
 @dataclass
-class TokenizerConfig:
+class TokenizerConfig(CodecLosses):
     """The discrete tokenizer: MaskBit's with binary codes, or a VQ with learned codes."""
 
     weights: str | None = None  # an export folder, or a public checkpoint file

@@ -46,6 +46,14 @@ class Classifier(nn.Module):
         x = from_bytes(images) if images.dtype == torch.uint8 else images
         return self.embedding(self.stages(2 * x - 1).mean((2, 3)))
 
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """The feature map of each stage, [B, width, h, w], of images [B, 3, H, W] in [0, 1]."""
+        found, x = [], 2 * images - 1
+        for halve, refine in zip(self.stages[::2], self.stages[1::2]):
+            x = refine(halve(x))
+            found.append(x)
+        return found
+
     def classify(self, features: Tensor) -> Tensor:
         """Logits [B, classes] of features [B, F]."""
         return self.logits(F.relu(features))

@@ -13,6 +13,12 @@ from mixar.engine import Scalars, Trainable
 class Objective(Trainable, Protocol):
     """A network to train, its loss, its preview and its export."""
 
+    def bare(self) -> nn.Module:
+        """The network of `build` without what only training needs, under the same names, for previews and exports."""
+
+    def load_frozen(self) -> dict[str, str]:
+        """Load the frozen networks that a step runs, on every rank, before the first; their fingerprints by name."""
+
     def open(self) -> None:
         """Open everything that `preview` and `export` need, so that missing files are reported at the start."""
 
@@ -33,6 +39,12 @@ class RandomInit:
 
     def build(self) -> nn.Module:
         raise NotImplementedError
+
+    def bare(self) -> nn.Module:
+        return self.build()
+
+    def load_frozen(self) -> dict[str, str]:
+        return {}
 
     def initial(self, name: str, like: Tensor) -> Tensor:
         return self._values[name]

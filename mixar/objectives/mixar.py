@@ -49,6 +49,12 @@ class MixARObjective:
     def build(self) -> nn.Module:
         return MixAR(self.cfg.model)
 
+    def bare(self) -> nn.Module:
+        return self.build()
+
+    def load_frozen(self) -> dict[str, str]:
+        return {} if self.prior is None else {"prior": self.frozen.fingerprints["prior"]}  # loaded at the beginning
+
     def initial(self, name: str, like: Tensor) -> Tensor:
         if name == "code_proj.codebook":
             return self.frozen.tokenizer.codebook()

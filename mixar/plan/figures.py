@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mixar.cards import CARDS
-from mixar.codecs import VAE, build_tokenizer
+from mixar.codecs import VAE, build_tokenizer, for_training
 from mixar.config import Config, images_per_pass
 from mixar.data.manifest import read_manifest
 from mixar.errors import UserError
@@ -34,7 +34,8 @@ def make_plan(cfg: Config, images: int | None = None, gpus: int | None = None, c
         card: one of `CARDS`.
 
     Returns:
-        plain values. `memory` is in bytes for one process, without activations; `flops` are per training image. With
+        plain values. `memory` is in bytes for one process, without activations; `discriminator` are those of the
+        parameters that only a codec's training has; `flops` are per training image, of task=mixar. With
         `gpus` also the layout, `engines` (bytes per rank, bytes sent per rank and step, seconds, images/s and days),
         and their `assumptions`.
 
@@ -55,6 +56,8 @@ def make_plan(cfg: Config, images: int | None = None, gpus: int | None = None, c
         "memory": {name: 4 * copies * parameters for name, copies in _COPIES.items()},
     }
     plan["memory"]["total"] = sum(plan["memory"].values())
+    if hasattr(model, "discriminator"):
+        plan["discriminator"] = _values(model.get_submodule("discriminator"))
     if not isinstance(model, MixAR):
         if gpus is not None:
             raise UserError(f"--gpus plans task=mixar only, but this config has task={cfg.task}: leave --gpus out")
@@ -110,7 +113,8 @@ def _build(cfg: Config, task: str) -> nn.Module:
     with torch.device("meta"):
         return {
             "mixar": lambda: MixAR(cfg.model), "prior": lambda: Prior(cfg.prior),
-            "vae": lambda: VAE(cfg.vae), "tokenizer": lambda: build_tokenizer(cfg.tokenizer),
+            "vae": lambda: for_training(VAE(cfg.vae), cfg.vae),
+            "tokenizer": lambda: for_training(build_tokenizer(cfg.tokenizer), cfg.tokenizer),
         }[task]()  # fmt: skip
 
 

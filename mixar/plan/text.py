@@ -22,6 +22,8 @@ def render(plan: dict[str, Any]) -> str:
         elif name == "flops":
             parts = ", ".join(f"{part} {size / 1e12:.3f}" for part, size in value.items())
             value = f"{parts} TFLOP per image, forward and backward"
+        elif name == "discriminator":
+            value = f"{value:,} of the parameters, which the export leaves out"
         elif value is None:
             value = "unknown: write data.count=<images>, or prepare the shards first"
         elif isinstance(value, int):

@@ -26,7 +26,7 @@ from packaging.utils import canonicalize_name
 
 from mixar import __version__, dist
 from mixar.codecs import load_tokenizer, load_vae
-from mixar.config import Config, load_config, missing_inputs, to_dict
+from mixar.config import Config, load_config, missing_inputs, needed_inputs, to_dict
 from mixar.data.manifest import check_manifest, read_manifest
 from mixar.data.remote import MANIFEST
 from mixar.errors import UserError
@@ -63,7 +63,8 @@ def examine(cfg: Config | None) -> Iterator[Finding]:
         if cfg.data.cache is not None:
             yield writable("data.cache", cfg.data.cache)
         yield from weights(cfg)
-        yield from (Finding("bad", text) for text in missing_inputs(cfg, ["init_from", "engine.deepspeed"]))
+        others = [key for key in needed_inputs(cfg) if not key.endswith(".weights")]
+        yield from (Finding("bad", text) for text in missing_inputs(cfg, others))
 
 
 def odd_ones(found: list[tuple[str, list[Finding]]]) -> Iterator[Finding]:

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     cfg = load_config(run_dir / "config.yaml", overrides)
     objective, count = open_objective(cfg, checkpoints[-1])
     objective.open()
-    model = objective.build()
+    model = objective.bare()
     load_ema(checkpoints[-1], model)
     if holds(out, model.state_dict()) and not overrides:
         print(f"the run already has this export: {out}")

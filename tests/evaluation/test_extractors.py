@@ -1,14 +1,17 @@
+import shutil
 import urllib.request
 
 import pytest
 import torch
 import torch_fidelity
+from safetensors.torch import save_file
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from mixar.errors import UserError
 from mixar.evaluation import evaluate
 from mixar.evaluation.classifier import load_classifier
 from mixar.evaluation.extractors import CLASSIFIER, INCEPTION, make_extractor
+from mixar.evaluation.maps import open_maps
 from mixar.weights import fingerprint
 
 
@@ -74,6 +77,37 @@ def test_inception_runs_from_a_file_and_only_the_published_weights_bear_its_name
     assert torch.isfinite(features).all() and not torch.equal(features[0], features[1])
     assert inception.label != INCEPTION and "other weights" in inception.description
     assert inception.classes is None
+
+
+def test_inception_s_last_map_is_what_its_features_are_the_mean_of(inception_file):
+    images = torch.randint(0, 256, (1, 3, 299, 299), dtype=torch.uint8)  # a side at which nothing is resized
+    label, maps = open_maps(str(inception_file), 299, torch.device("cpu"))
+    found = maps(images / 255)
+    assert [tuple(x.shape[1:]) for x in found] == [
+        (64, 73, 73), (192, 35, 35), (288, 35, 35), (768, 17, 17), (2048, 8, 8)
+    ]  # fmt: skip
+    inception = make_extractor(f"inception={inception_file}")
+    torch.testing.assert_close(found[-1].mean((2, 3)), inception(images)[0], rtol=1e-4, atol=1e-5)
+    assert label == inception.label
+
+
+def test_maps_pass_the_gradient_to_images_of_any_size(inception_file, export):
+    for path in (inception_file, export):
+        images = torch.rand(1, 3, 32, 32, requires_grad=True)
+        _, maps = open_maps(str(path), 32, torch.device("cpu"))
+        sum(x.square().mean() for x in maps(images)).backward()
+        assert images.grad.isfinite().all() and images.grad.abs().max() > 0
+
+
+def test_maps_of_a_broken_classifier_are_refused(tmp_path, export):
+    state = load_classifier(export)[0].state_dict()
+    state["logits.bias"][0] = float("nan")
+    folder = shutil.copytree(export, tmp_path / "broken")
+    save_file(state, folder / "model.safetensors")
+    about = folder / "config.json"
+    about.write_text(about.read_text().replace(make_extractor(str(export)).label.partition(":")[2], fingerprint(state)))
+    with pytest.raises(UserError, match=r"broken has weights that are not finite, such as .*logits\.bias"):
+        open_maps(str(folder), 32, torch.device("cpu"))
 
 
 def test_missing_inception_says_where_to_put_it(tmp_path, monkeypatch):

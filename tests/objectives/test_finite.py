@@ -26,7 +26,10 @@ def cfg(tmp_path: Path) -> Config:
 def test_previews_name_the_network(cfg: Config) -> None:
     shown = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
     vae, tokenizer, prior = VAE(cfg.vae).eval(), build_tokenizer(cfg.tokenizer).eval(), Prior(cfg.prior).eval()
-    for network, objective in ((vae, VAEObjective(cfg, shown)), (tokenizer, TokenizerObjective(cfg, shown))):
+    cpu = torch.device("cpu")
+    for network, objective in (
+        (vae, VAEObjective(cfg, shown, cpu)), (tokenizer, TokenizerObjective(cfg, shown, cpu)),
+    ):  # fmt: skip
         assert objective.preview(network).shape == (4, 3, 16, 16)
         network.decoder.conv_out.bias.data[0] = NAN
         with pytest.raises(UserError, match=f"the {objective.kind} gave values that are not finite"):

@@ -152,6 +152,12 @@ def test_the_command_counts_what_is_bad(tmp_path: Path, capsys: pytest.CaptureFi
     assert "5 of " in printed.err and "write data.classes=2" in printed.out
 
 
+def test_the_features_of_a_loss_are_looked_for(tmp_path: Path) -> None:
+    given = ["task=vae", "vae.perceptual_weight=1", "vae.perceptual_features=nowhere", f"run_dir={tmp_path}/run"]
+    (bad,) = [finding for finding in doctor.examine(load_config(None, given)) if finding.status == "bad"]
+    assert bad.text == "vae.perceptual_features=nowhere is not there: write vae.perceptual_features=<its path>"
+
+
 def test_the_cache_of_remote_shards_has_to_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     findings = doctor.examine(load_config(None, ["task=vae", f"data.cache={tmp_path}/file/cache"]))
