@@ -299,9 +299,9 @@ def test_an_extreme_value_is_refused_by_its_name_or_can_be_planned_with(file: Pa
         (["prior.heads=7"], "write prior.heads=8"),
         (["tokenizer.bits=13"], "write prior.splits=1"),
         (["data.image_size=250"], "write data.image_size=240"),
-        (["task=vae", "vae.perceptual_weight=0.1"], "write vae.perceptual_features=<a classifier's export, or"),
+        (["vae.perceptual_weight=0.1", "task=vae"], "write vae.perceptual_features=<a classifier's export, or"),
         (
-            ["task=tokenizer", "tokenizer.discriminator_weight=0.1", "data.image_size=16"],
+            ["tokenizer.discriminator_weight=0.1", "task=tokenizer", "data.image_size=16"],
             "images of at least 24 pixels, not data.image_size=16: write tokenizer.discriminator_weight=0",
         ),
         (["model.patch=2", "model.grid=16"], "write model.grid=8"),
