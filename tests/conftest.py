@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,12 @@ def demo(installed, tmp_path_factory) -> tuple[Path, str]:
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder, done.stdout
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch) -> None:
+    """torch.compile without the C++ compiler, which takes most of its time: when it compiles again is the same."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
 
 
 @pytest.fixture

@@ -170,12 +170,19 @@ def fork_ranks(arguments: Sequence[str], world: int, local: int | None, log: Pat
     return [Forked(arguments, dict(os.environ | place), log) for place in rank_environments(world, local)]
 
 
+def fork_alone(arguments: Sequence[str], log: Path) -> Forked:
+    """`python ARGUMENTS` without a launcher, forked."""
+    log.touch()
+    return Forked(arguments, os.environ | {"OMP_NUM_THREADS": "1"}, log)
+
+
 def end(processes: Sequence[subprocess.Popen | Forked], seconds: float = 120) -> list[int | None]:
     """Wait as a launcher does: when one rank fails, the others are ended. The exit statuses."""
     limit = time.monotonic() + seconds
     while any(process.poll() is None for process in processes):
-        if any(process.poll() for process in processes) or time.monotonic() > limit:
-            time.sleep(2)  # the others may be about to tell what they saw
+        if any(process.poll() for process in processes):
+            limit = min(limit, time.monotonic() + 2)  # the others may be about to tell what they saw
+        if time.monotonic() > limit:
             for process in processes:
                 process.kill()
         time.sleep(0.05)

@@ -50,16 +50,15 @@ def batch_of(cfg: Config, step: int) -> Batch:
 
 
 @pytest.mark.slow
-def test_compiled_blocks_are_compiled_once(cfg: Config) -> None:
+def test_compiled_blocks_are_compiled_once(cfg: Config, quick_compiler: None) -> None:
     cfg.engine.compile = True
     cfg.model.encoder_depth = cfg.model.decoder_depth = cfg.model.head_depth = 1  # each block is compiled by itself
+    torch.compiler.reset()
+    counters.clear()
     engine = build_engine(cfg, objective_of(cfg), PLACE)
-    compiled = []
-    for step in range(53):
-        info = engine.step([batch_of(cfg, step)], step / 50)
-        if step > 2:
-            compiled.append(counters["stats"]["unique_graphs"])
-    assert compiled[0] > 0 and compiled[-1] == compiled[0] and len(compiled) == 50
+    for step in range(4):
+        info = engine.step([batch_of(cfg, step)], step / 3)
+    assert counters["stats"]["unique_graphs"] == 3, "a block of the encoder, one of the decoder, the head"
     assert info.finite and info.scalars["ti_mix/generated"][0] > 0, "λ has fallen, and the prior's tokens are mixed in"
 
 

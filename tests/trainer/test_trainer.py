@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from mixar.config import load_config
 from mixar.errors import UserError
 from mixar.train import train
 from mixar.weights import read_export
-from tests.home import end, exported_weights, fork_ranks, records, train_arguments
+from tests.home import end, exported_weights, fork_alone, fork_ranks, records, train_arguments
 
 pytestmark = pytest.mark.slow
 
@@ -28,15 +27,16 @@ def config(home: Path, run: Path, *overrides: str):
     return load_config(home / "config.yaml", [f"run_dir={run}", *overrides])
 
 
-def command(home: Path, run: Path, *overrides: str) -> list[str]:
-    return [sys.executable, "-m", "mixar", "train", str(home / "config.yaml"), f"run_dir={run}", *overrides]
+def train_apart(home: Path, run: Path) -> None:
+    log = run.with_name(f"{run.name}.log")
+    assert end([fork_alone(train_arguments(home, run), log)]) == [0], log.read_text()[-3000:]
 
 
 @pytest.fixture(scope="module")
 def whole(home, tmp_path_factory) -> Path:
     """A run of 10 steps that nothing interrupted, in a process of its own: other threads give other rounding."""
     run = tmp_path_factory.mktemp("runs") / "whole"
-    subprocess.run(command(home, run), check=True, capture_output=True)
+    train_apart(home, run)
     return run
 
 
@@ -69,17 +69,17 @@ def test_ti_mix_takes_over_as_lambda_falls(whole) -> None:
 
 def test_ten_steps_equal_five_a_kill_and_five(home, whole, tmp_path) -> None:
     run = tmp_path / "killed"
-    process = subprocess.Popen(command(home, run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = fork_alone(train_arguments(home, run), tmp_path / "log")
     checkpoint = run / "checkpoints" / "000000000080" / "DONE"
     while not checkpoint.exists():
         assert process.poll() is None, "the run ended before its first checkpoint"
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     (run / "checkpoints" / ".000000000160.partial").mkdir(exist_ok=True)  # as a kill in the middle of saving leaves it
     shutil.rmtree(run / "exports", ignore_errors=True)  # should the kill have come late
     shutil.rmtree(run / "checkpoints" / "000000000160", ignore_errors=True)
-    subprocess.run(command(home, run), check=True, capture_output=True)
+    train_apart(home, run)
     assert "resuming" in (run / "log.txt").read_text()
     resumed, uninterrupted = exported_weights(run), exported_weights(whole)
     assert all(torch.equal(resumed[name], value) for name, value in uninterrupted.items())
@@ -109,16 +109,14 @@ def test_a_torn_checkpoint_is_passed_over(home, whole, tmp_path) -> None:
     shutil.rmtree(run / "exports")
     data = next((run / "checkpoints" / "000000000160").glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:1000])
-    subprocess.run(command(home, run), check=True, capture_output=True)
+    train_apart(home, run)
     assert "skipping" in (run / "log.txt").read_text()
     assert all(torch.equal(exported_weights(run)[name], value) for name, value in exported_weights(whole).items())
 
 
 def test_a_second_run_in_the_same_folder_is_refused(home, tmp_path) -> None:
     run = tmp_path / "busy"
-    process = subprocess.Popen(
-        command(home, run, "train.epochs=1000"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = fork_alone(train_arguments(home, run, "train.epochs=1000"), tmp_path / "log")
     try:
         while not (run / "metrics.jsonl").exists():
             assert process.poll() is None
@@ -224,8 +222,9 @@ def test_each_launcher_runs_train(home, tmp_path, launcher) -> None:
     assert records(tmp_path / "run")[-1]["images"] == 16
 
 
-def test_a_mistake_is_one_line(home, tmp_path) -> None:
-    done = subprocess.run(command(home, tmp_path, "model.guidence=none"), capture_output=True, text=True)
+def test_a_mistake_is_one_line(home) -> None:
+    command = [sys.executable, "-m", "mixar", "train", str(home / "config.yaml"), "model.guidence=none"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("mixar train: ")]
     assert "Did you mean 'model.guidance'?" in line and "Traceback" not in done.stderr
