@@ -28,7 +28,11 @@ from torch import Tensor, nn
 from torch._dynamo.device_interface import CudaInterface
 from torch._inductor import compile_fx
 from torch._inductor.debug import DebugContext
+from torch._inductor.dependencies import MemoryDep
 from torch._inductor.graph import GraphLowering
+from torch._inductor.ir import IRNode, ReinterpretView
+from torch._inductor.scheduler import ForeachKernelSchedulerNode
+from torch._prims.rng_prims import graphsafe_run_with_rng_state
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -359,12 +363,43 @@ class Scheduled(Exception):
         self.kernels = [kernel for node in graph.scheduler.nodes if (kernel := _scheduled(node)) is not None]
 
 
+def _moved(node: Any) -> int:
+    """Bytes that a node of inductor's schedule reads and writes; of columns of a wider buffer those columns alone.
+
+    A combo kernel is several kernels in one launch, each of which reads for itself.
+    """
+    if isinstance(node, ForeachKernelSchedulerNode):
+        return sum(map(_moved, node.snodes))
+    pieces: dict[str, dict[Any, int]] = defaultdict(dict)  # by buffer and offset in it
+    for dep in node.read_writes.reads_and_writes():
+        if isinstance(dep, MemoryDep):
+            pieces[dep.name][dep.get_offset()] = dep.numbytes_hint()
+    for view in tree_leaves(getattr(getattr(node, "node", None), "inputs", ())):
+        if isinstance(view, ReinterpretView):
+            layout = view.get_layout()
+            pieces[view.get_name()][layout.offset] = math.prod(map(int, layout.size)) * layout.dtype.itemsize
+    if _draws_again(node):  # of which inductor counts no bytes
+        tensors = [x for x in (*node.node.inputs, *node.node.outputs) if isinstance(x, IRNode) and x.maybe_get_size()]
+        return sum(math.prod(map(int, x.get_size())) * x.get_dtype().itemsize for x in tensors)
+    whole = node.get_read_write_buffer_accesses(include_reads=True, include_writes=True)
+    return sum(min(size, sum(pieces[name].values()) or size) for name, size in whole.items())
+
+
+def _draws_again(node: Any) -> bool:
+    """Whether a node is an operator under the state of a generator, so that recomputation draws the same numbers."""
+    return getattr(getattr(node, "node", None), "op_overload", None) is graphsafe_run_with_rng_state
+
+
 def _scheduled(node: Any) -> Kernel | None:
     """The kernel of a node of inductor's schedule; None for a name of another one's output."""
-    moved, extern = node.get_read_write_buffers_sizes(), getattr(node, "node", None)
+    moved, extern = _moved(node), getattr(node, "node", None)
     if moved == 0:
         return None
-    name = str(getattr(extern, "op_overload", None) or "fused").removeprefix("aten.").partition(".")[0]
+    operator = getattr(extern, "op_overload", None)
+    if _draws_again(node):
+        assert extern is not None
+        operator = next(x for x in extern.constant_args if isinstance(x, torch._ops.OpOverload))
+    name = str(operator or "fused").removeprefix("aten.").partition(".")[0]
     flops, dtype = 0.0, None
     if name in ("mm", "bmm", "addmm", "baddbmm"):
         assert extern is not None
@@ -434,6 +469,21 @@ class Graphs:
         return run
 
 
+class Generator(torch.Generator):
+    """In place of a card's, whose state a compiled graph takes to draw the same numbers once more."""
+
+    device = CARD
+
+    def clone_state(self) -> "Generator":
+        return self
+
+    def graphsafe_get_state(self) -> "Generator":
+        return self
+
+    def graphsafe_set_state(self, state: torch.Generator) -> "Generator":
+        return self
+
+
 H100 = SimpleNamespace(
     name="NVIDIA H100", major=9, minor=0, multi_processor_count=132, warp_size=32, total_memory=80 << 30,
     regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, max_threads_per_block=1024,
@@ -453,6 +503,8 @@ def without_a_card(trace: Trace) -> Iterator[Graphs]:
         (torch.cuda, "_lazy_init", lambda: None),
         (torch.cuda, "get_device_properties", lambda *device: H100),
         (torch.cuda, "get_device_capability", lambda *device: (H100.major, H100.minor)),
+        (torch.cuda, "default_generators", (Generator(),)),
+        (torch._C, "_accelerator_getDefaultGenerator", lambda index: torch.cuda.default_generators[index]),
         (CudaInterface, "get_device_properties", staticmethod(lambda *device: H100)),
         (CudaInterface, "get_compute_capability", staticmethod(lambda *device: 10 * H100.major)),
         (CudaInterface.Worker, "get_device_properties", staticmethod(lambda *device: H100)),
@@ -577,7 +629,9 @@ def passes(cfg: Config, images: int, trace: Trace) -> dict[str, Any]:
     flops += sum(kernel.flops for kernel in kernels if kernel.part == "prior")
     host = LAUNCH * len(kernels)
     device = sum(kernel.seconds for kernel in kernels if kernel.part != "attention")
-    device += 3 * images * attention_flops(model, tokens) / ATTENTION  # forward, and twice that backward
+    # forward, once more where it is recomputed, and twice that backward
+    times = 3 + (cfg.engine.recompute in ("backbone", "all"))
+    device += times * images * attention_flops(model, tokens) / ATTENTION
     return {
         "kernels": {"total": len(kernels)} | {part: by_part[part] for part in PARTS if part != "optimizer"},
         "attention_calls": {

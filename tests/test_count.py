@@ -3,16 +3,19 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from benchmarks import count
 from benchmarks.count import CARD, Trace, passes, run_backward, trace_step, without_a_card
 from mixar.config import load_config
+from mixar.ops import gated_add
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -23,7 +26,7 @@ TINY = [
 MODES = {  # with the number of steps: shapes vary from step to step in the first two
     "ti_mix.enabled=true ti_mix.source=shards": 50, "mask.ratio_scope=batch": 50, "ti_mix.enabled=true": 4,
     "model.guidance=none": 3, "model.guidance=dc_mix": 3, "model.guidance=dc_sa": 3, "model.guidance=dc_ca": 3,
-    "model.process=flow": 3,
+    "model.process=flow": 3, "engine.recompute=all": 3,
 }  # fmt: skip
 
 
@@ -89,6 +92,31 @@ def test_its_gradients_are_autograd_s() -> None:
         torch.testing.assert_close(leaf.grad, theirs)
 
 
+def norm_of_columns(x: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(x, x.shape[-1:]) * wide.chunk(4, -1)[1]
+
+
+def twice_over(x: torch.Tensor, wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.cos(), x.sin().sum(0)
+
+
+def operator(x: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
+    return gated_add(x, wide.chunk(4, -1)[2], x)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the counter stands in for a card that is not there")
+@pytest.mark.parametrize(("function", "tensors"), [(norm_of_columns, 3), (twice_over, 3), (operator, 3)])
+def test_compiled_kernels_are_counted_with_what_each_reads(function, tensors: int) -> None:
+    found = Trace()
+    torch._dynamo.reset()
+    with without_a_card(found), found:
+        x, wide = torch.empty(4096, 1024, device=CARD), torch.empty(4096, 4096, device=CARD)
+        torch.compile(function, options={"combo_kernels": True})(x, wide)
+    moved = sum(kernel.moved for kernel in found.kernels if kernel.name != "empty")
+    least = tensors * x.nbytes  # one column of `wide` is as large as x
+    assert least <= moved <= 1.05 * least
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the counter stands in for a card that is not there")
 @pytest.mark.parametrize("mode", MODES)
@@ -97,7 +125,10 @@ def test_no_mode_waits_or_compiles_again(mode: str) -> None:
     trace, graphs = trace_step(cfg, 16, MODES[mode])
     assert graphs == {"graphs": 4, "dynamic": 0, "recompiles": 0}
     assert trace.blocking == []
-    assert sum(kernel.part == "attention" for kernel in trace.kernels) > 0
+    calls = Counter((kernel.name, kernel.backward) for kernel in trace.kernels if kernel.part == "attention")
+    again = "recompute" in mode  # in the backward pass, from the forward's random numbers
+    assert calls["_flash_attention_forward", True] == (calls["_flash_attention_forward", False] if again else 0)
+    assert calls["_flash_attention_backward", True] == calls["_flash_attention_forward", False] > 0
 
 
 def counted(*args: str) -> dict:

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mixar.errors import UserError
 from mixar.model.dropout import Dropping, drop
+from mixar.model.rows import Linear, flat, grouped
 from mixar.transfer import to_device
 
 
@@ -244,7 +245,7 @@ class Attention(Dropping):
     def __init__(self, width: int, heads: int, dropout: float, kernel: str) -> None:
         super().__init__(dropout)
         self.heads, self.kernel = heads, kernel
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, lengths: Lengths, keys: Tensor | None, queries: Queries | None = None) -> Tensor:
@@ -254,11 +255,11 @@ class Attention(Dropping):
             lengths: tokens per image.
             keys: int64 [T] or [R], the dropout keys of the returned tokens; see `drop`.
         """
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        q, k, v = (flat(y).unflatten(-1, (self.heads, -1)) for y in self.qkv(x).chunk(3, -1))
         asking, dropout = lengths, self.now
         if queries is not None:
             q, asking = q[queries.rows], queries.lengths
-        x = self.proj(attend(q, k, v, asking, lengths, dropout, self.kernel, keys).flatten(1))
+        x = grouped(self.proj(attend(q, k, v, asking, lengths, dropout, self.kernel, keys).flatten(1)))
         return drop(x, keys, 1, dropout)
 
 
@@ -282,11 +283,11 @@ class CrossAttention(Dropping):
         """
         images, n, _ = memory.shape
         rows = memory.flatten(0, 1)
-        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (self.q(x), self.k(rows), self.v(rows)))
+        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (self.q(flat(x)), self.k(rows), self.v(rows)))
         if lengths.counts is not None:
             there = Lengths((n,) * images, None, n)
         else:
             there = Lengths(None, torch.arange(images + 1, device=x.device, dtype=torch.int32) * n, n)
         dropout = self.now
-        x = self.proj(attend(q, k, v, lengths.merged(images), there, dropout, self.kernel, keys).flatten(1))
+        x = grouped(self.proj(attend(q, k, v, lengths.merged(images), there, dropout, self.kernel, keys).flatten(1)))
         return drop(x, keys, 1, dropout)

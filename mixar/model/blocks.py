@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from mixar.model.attention import Attention, CrossAttention, Lengths, Queries
 from mixar.model.dropout import Dropping, drop
+from mixar.model.rows import Linear, flat, grouped
 
 
 class Mlp(Dropping):
@@ -13,8 +14,8 @@ class Mlp(Dropping):
 
     def __init__(self, width: int, hidden: int, dropout: float) -> None:
         super().__init__(dropout)
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
         """x [T, D] to [T, D]; keys as in `Attention`."""
@@ -55,15 +56,16 @@ class Block(nn.Module):
             keys: int64 [T], this layer's dropout key of each token; see `drop`.
             queries: the tokens to return; for the others only keys and values of the self-attention are computed.
         """
+        x = grouped(x)
         normed, asking = self.norm1(x), lengths
         if queries is not None:
-            x, asking = x[queries.rows], queries.lengths
+            x, asking = grouped(flat(x)[queries.rows]), queries.lengths
             keys = None if keys is None else keys[queries.rows]
         x = _add(x, self.attn(normed, lengths, keys, queries))
         if self.cross_attn is not None:
             assert memory is not None, "a block with cross-attention needs the memory of discrete tokens"
             x = _add(x, self.cross_attn(x, asking, memory, None if keys is None else ~keys))  # own keys
-        return _add(x, self.mlp(self.norm2(x), keys))
+        return flat(_add(x, self.mlp(self.norm2(x), keys)))
 
 
 def _add(x: Tensor, branch: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixar.config import STEPS
+from mixar.model.rows import Linear, flat, grouped
 from mixar.ops import gated_add, in_one, norm_modulate, timestep_embed
 
 EPS = 1e-6  # of the head's layer norms
@@ -71,7 +72,7 @@ class Modulation(nn.ModuleDict):
     """
 
     def __init__(self, width: int, parts: int, separable: bool) -> None:
-        super().__init__({"1": nn.Linear(width, parts * width)})
+        super().__init__({"1": Linear(width, parts * width)})
         if separable:
             self["time"] = nn.Linear(width, parts * width, bias=False)
         self.parts = parts
@@ -79,7 +80,7 @@ class Modulation(nn.ModuleDict):
     def forward(self, y: Embedded) -> tuple[Tensor, ...]:
         values = self["1"](y.rows)
         if y.times is not None:
-            values = _at_times(self["time"](y.times), values, y.row_times)
+            values = grouped(_at_times(self["time"](y.times), values, y.row_times))
         return values.chunk(self.parts, -1)
 
 
@@ -89,7 +90,7 @@ class ResBlock(nn.Module):
     def __init__(self, width: int, separable: bool) -> None:
         super().__init__()
         self.in_ln = ModulatedNorm(width, eps=EPS)
-        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(Linear(width, width), nn.SiLU(), Linear(width, width))
         self.adaLN_modulation = Modulation(width, 3, separable)
 
     def forward(self, x: Tensor, y: Embedded) -> Tensor:
@@ -134,7 +135,7 @@ class Head(nn.Module):
         self.separable, self.token_dim = separable, token_dim
         self.time_embed = TimestepEmbedder(width)
         self.cond_embed = nn.Linear(condition, width)
-        self.input_proj = nn.Linear(token_dim, width)
+        self.input_proj = Linear(token_dim, width)
         self.res_blocks = nn.ModuleList(ResBlock(width, separable) for _ in range(depth))
         self.final_layer = FinalLayer(width, (1 + learn_variance) * token_dim, separable)
 
@@ -146,14 +147,14 @@ class Head(nn.Module):
         """
         if self.separable:
             return Embedded(F.silu(conditions), F.silu(times), index)
-        return Embedded(F.silu(_at_times(times, conditions, index)))
+        return Embedded(grouped(F.silu(_at_times(times, conditions, index))))
 
     def denoise(self, x: Tensor, y: Embedded) -> tuple[Tensor, Tensor | None]:
         """The network after its embeddings: x [R, C] to the outputs of `forward`."""
-        x = self.input_proj(x)
+        x = self.input_proj(grouped(x))
         for block in self.res_blocks:
             x = block(x, y)
-        prediction, *v = self.final_layer(x, y).split(self.token_dim, -1)
+        prediction, *v = flat(self.final_layer(x, y)).split(self.token_dim, -1)
         return prediction, v[0] if v else None
 
     def forward(self, x: Tensor, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -22,25 +22,16 @@ def reference(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     return torch.addcmul(x, gate, branch)
 
 
-def backward_reference(grad: Tensor, gate: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of gate and branch; that of x is `grad`."""
-    return grad * branch, grad * gate
-
-
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:])
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return grad, *torch.ops.mixar.gated_add_backward(grad, *ctx.saved_tensors)
+    gate, branch = ctx.saved_tensors
+    return grad, grad * branch, grad * gate
 
 
 define(
     "gated_add(Tensor x, Tensor gate, Tensor branch) -> Tensor", reference, lambda x, gate, branch: torch.empty_like(x)
-)
-define(
-    "gated_add_backward(Tensor grad, Tensor gate, Tensor branch) -> (Tensor, Tensor)",
-    backward_reference,
-    lambda grad, gate, branch: (torch.empty_like(grad), torch.empty_like(grad)),
 )
 torch.library.register_autograd("mixar::gated_add", _backward, setup_context=_setup, lib=LIBRARY)
