@@ -39,6 +39,8 @@ RUN = {
 # Read by the verb's own parser, and its config loaded: they take ImageNet, GPUs, a cluster or hours.
 PARSED = (
     ".venv/bin/mixar demo --images DIR",
+    ".venv/bin/mixar demo --images DIR --minutes 15",
+    ".venv/bin/mixar demo --images DIR --minutes 60",
     ".venv/bin/mixar demo --compare",
     "mixar demo",
     "mixar demo --compare",
