@@ -149,16 +149,16 @@ def test_the_ceilings_of_the_large_model() -> None:
     assert found["blocking"] == compiled["blocking"] == []
     assert found["mfu"] >= 0.32
     assert compiled["kernels"]["total"] <= 1800
-    assert compiled["bytes_other"] <= 165e9
+    assert compiled["bytes_other"] <= 142e9
     assert (compiled["graphs"], compiled["dynamic"], compiled["recompiles"]) == (4, 0, 0)
-    assert compiled["mfu"] >= 0.42
+    assert compiled["mfu"] >= 0.43
     assert found["optimizer"]["kernels"] <= 40
     assert found["sampling"]["kernels_per_diffusion_step"] <= 110
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the counter stands in for a card that is not there")
-@pytest.mark.parametrize(("name", "images", "share"), [("mixar_l", 32, 0.41), ("mixar_b", 128, 0.36)])
+@pytest.mark.parametrize(("name", "images", "share"), [("mixar_l", 32, 0.42), ("mixar_b", 128, 0.375)])
 def test_the_share_of_the_peak_of_smaller_work(name: str, images: int, share: float) -> None:
     cfg = load_config(ROOT / f"configs/{name}.yaml", ["engine.compile=true"])
     trace, _ = trace_step(cfg, images)
