@@ -13,7 +13,7 @@ from mixar.plan.work import Tokens, matrices
 
 # share of the card's peak without and with `engine.compile`, by the backbone's width: what benchmarks/count.py makes of
 # mixar_b, mixar_l and mixar_h at their micro-batches
-UTILISATION = {768: (0.27, 0.36), 1024: (0.33, 0.42), 1280: (0.34, 0.42)}
+UTILISATION = {768: (0.27, 0.38), 1024: (0.33, 0.44), 1280: (0.34, 0.44)}
 OVERLAP = 0.7  # share of the communication that can overlap with the computation
 LINK = 0.8  # share of a link's specified bandwidth
 DEEPSPEED_BUCKET = 500_000_000  # gradient values per bucket: DeepSpeed's default of reduce_bucket_size
