@@ -25,7 +25,8 @@ TINY = [  # each step has a batch of its own, and with it a mask ratio
 ]  # fmt: skip
 MODES = (  # shapes would vary from step to step in the first two
     "ti_mix.enabled=true ti_mix.source=shards", "mask.ratio_scope=batch", "ti_mix.enabled=true", "model.guidance=none",
-    "model.guidance=dc_mix", "model.guidance=dc_sa", "model.guidance=dc_ca", "model.process=flow", "engine.recompute=all",
+    "model.guidance=dc_mix", "model.guidance=dc_sa", "model.guidance=dc_ca", "model.process=flow",
+    "engine.recompute=all",
 )  # fmt: skip
 STEPS = 4  # without fixed shapes the second one compiles again
 
