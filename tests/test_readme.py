@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mixar.__main__ import main
 from mixar.command_line import VERBS, verb_parser
 from mixar.config import load_config
 from mixar.errors import UserError
@@ -205,18 +206,11 @@ def clone(demo: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
-def succeed(clone: Path, *arguments: str) -> None:
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=clone, env=os.environ | {"PYTHONPATH": str(clone)}, capture_output=True,
-        text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("command", RUN)
-def test_commands_run(clone: Path, command: str) -> None:
-    succeed(clone, "-m", *shlex.split(f"{fill(command)} {RUN[command]}"))
+def test_commands_run(clone: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(clone)
+    assert main(shlex.split(f"{fill(command)} {RUN[command]}")[1:]) == 0
 
 
 @pytest.mark.slow
@@ -224,13 +218,18 @@ def test_the_programs_run(clone: Path) -> None:
     programs = set(re.findall(r"^```python\n(.*?)^```", PAGES, re.M | re.S))
     assert programs
     for program in programs:
-        succeed(clone, "-c", program)
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=clone, env=os.environ | {"PYTHONPATH": str(clone)},
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr[-2000:]
 
 
 @pytest.mark.slow
-def test_what_the_demo_names_next_runs(demo: tuple[Path, str], clone: Path) -> None:
+def test_what_the_demo_names_next_runs(demo: tuple[Path, str], clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = demo[1].partition("Next:\n")[2].splitlines()
     assert [" ".join(line.split()[:2]) for line in lines] == ["mixar sample", "mixar train", "tensorboard --logdir"]
+    monkeypatch.chdir(clone)
     for line in lines[:2]:
-        succeed(clone, "-m", *shlex.split(line))
+        assert main(shlex.split(line)[1:]) == 0
     assert list((clone / lines[2].split()[2]).glob("*/tb/events*"))
