@@ -19,7 +19,9 @@ from mixar.prior import Prior
 from mixar.sampling import MixARPipeline
 from tests.home import make_home
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, also by the runs that tests send it to
+# under nohup, and in the background of a shell, these are ignored, also by the runs that tests send them to
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MODEL = ModelConfig(
     grid=8, latent_channels=4, code_bits=4, code_dim=None, classes=3, class_tokens=2, head_depth=1, head_width=32,

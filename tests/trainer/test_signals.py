@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,13 @@ def left(run: Path) -> bool:
     return subprocess.run(["pgrep", "-f", f"run_dir={run}"], stdout=subprocess.DEVNULL).returncode == 0
 
 
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Path]:
+    """A run directory, of whose processes none outlives the test."""
+    yield tmp_path / "run"
+    subprocess.run(["pkill", "-KILL", "-f", f"run_dir={tmp_path / 'run'}"], check=False)
+
+
 @pytest.mark.parametrize(
     ("launcher", "name", "target"),
     [
@@ -63,8 +71,8 @@ def left(run: Path) -> bool:
         ("deepspeed", "SIGINT", "group"),
     ],
 )
-def test_every_end_that_is_asked_for_keeps_a_checkpoint(home, tmp_path, launcher, name, target) -> None:
-    run, log = tmp_path / "run", tmp_path / "log"
+def test_every_end_that_is_asked_for_keeps_a_checkpoint(home, run, tmp_path, launcher, name, target) -> None:
+    log = tmp_path / "log"
     process = launch(home, run, launcher, log)
     send = os.killpg if target == "group" else os.kill
     send(process.pid, getattr(signal, name))
@@ -83,8 +91,7 @@ def test_every_end_that_is_asked_for_keeps_a_checkpoint(home, tmp_path, launcher
         assert status == (130 if name == "SIGINT" else 0)
 
 
-def test_what_was_to_be_ignored_stays_ignored(home, tmp_path) -> None:
-    run = tmp_path / "run"
+def test_what_was_to_be_ignored_stays_ignored(home, run) -> None:
     arguments = train(home, run, "train.log_every=1", "data.workers=1", "train.epochs=1000")
     process = subprocess.Popen(
         ["nohup", sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -103,8 +110,7 @@ def test_what_was_to_be_ignored_stays_ignored(home, tmp_path) -> None:
         process.wait()
 
 
-def test_a_signal_to_one_rank_s_group_stops_all(home, tmp_path) -> None:
-    run = tmp_path / "run"
+def test_a_signal_to_one_rank_s_group_stops_all(home, run, tmp_path) -> None:
     processes = start_ranks(train(home, run, *ENDLESS), 2, log=tmp_path / "log", start_new_session=True)
     while not (run / "metrics.jsonl").exists():
         assert processes[0].poll() is None
