@@ -3,6 +3,8 @@
 import io
 import shutil
 import statistics
+import time
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -100,6 +102,13 @@ def seconds_of(stage: str, minutes: float, finished: dict[str, float]) -> float:
     """The seconds for `stage` of what the `finished` stages have left of `minutes`, at least `START`."""
     left = {name: share for name, share in SHARES.items() if name not in finished}
     return max(START, (60 * minutes - sum(finished.values())) * SHARES[stage] / sum(left.values()))
+
+
+def rate_of(count: int, work: Callable[[], object]) -> float:
+    """The units per second of `work`, which does `count` of them."""
+    begun = time.monotonic()
+    work()
+    return count / (time.monotonic() - begun)
 
 
 def pace(cfg: Config) -> float:

@@ -20,7 +20,7 @@ from mixar.codecs import load_tokenizer, load_vae
 from mixar.config import Config, load_config, to_dict
 from mixar.data.images import ImageSet, ImageSource, open_images, split, training_images
 from mixar.data.shards import prepare
-from mixar.demo.budget import LEAST, PROBE, SHARES, START, Survey, pace, seconds_of
+from mixar.demo.budget import LEAST, PROBE, SHARES, START, Survey, pace, rate_of, seconds_of
 from mixar.demo.classifier import train_classifier
 from mixar.errors import UserError
 from mixar.evaluation.classifier import Classifier, save_classifier
@@ -238,12 +238,8 @@ class Demo:
         if self.minutes is None:
             return fit(steps=self.length.classifier_steps)
 
-        def rate() -> float:
-            begun = time.monotonic()
-            fit(steps=PROBE)
-            return PROBE / (time.monotonic() - begun)
-
-        return fit(steps=max(PROBE, self._in_time("classifier", rate)))
+        steps = self._in_time("classifier", lambda: rate_of(PROBE, lambda: fit(steps=PROBE)))
+        return fit(steps=max(PROBE, steps))
 
     @property
     def extractor_path(self) -> Path:
@@ -268,13 +264,9 @@ class Demo:
         """How many samples are drawn and scored."""
         if self.minutes is None:
             return self.length.samples
-
-        def rate() -> float:
-            begun = time.monotonic()
-            pipeline(*self.labels_and_seeds(FEWEST))
-            return FEWEST / (time.monotonic() - begun)
-
-        return min(max(FEWEST, self._in_time("samples", rate)), self.length.samples)
+        few = self.labels_and_seeds(FEWEST)
+        count = self._in_time("samples", lambda: rate_of(FEWEST, lambda: pipeline(*few)))
+        return min(max(FEWEST, count), self.length.samples)
 
     def labels_and_seeds(self, count: int) -> tuple[Tensor, Tensor]:
         """All classes in turn, and seeds 0, 1, ...: int64 [count] each."""
